@@ -1,0 +1,64 @@
+# Two commands on a fresh machine with Python 3.11: `make benchmark` and `make test`.
+SHELL := /bin/bash
+PYTHON ?= python3.11
+VENV ?= .venv
+CORES ?= $(shell nproc)
+EXPERIMENT ?= config/experiments/quickstart.yaml
+BIN := $(VENV)/bin
+READY := $(VENV)/.ready
+
+.PHONY: help venv benchmark test test-all test-gpu lint format lock pin clean
+
+help:
+	@echo "make benchmark  run $(EXPERIMENT) and name the report (EXPERIMENT=..., CORES=...)"
+	@echo "make test       the short tests (at most 10 minutes)"
+	@echo "make test-all   all tests (at most 50 minutes)"
+	@echo "make test-gpu   the checks that need a GPU"
+	@echo "make lint       ruff, mypy, snakefmt"
+	@echo "make lock       write requirements.lock and environment.yml from the environment"
+	@echo "make pin        write the commits of unpinned hub revisions into the catalogues"
+
+$(READY): requirements.lock pyproject.toml
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install -q -r requirements.lock
+	$(BIN)/python -m pip install -q --no-deps --no-build-isolation -e .
+	touch $@
+
+venv: $(READY)
+
+benchmark: $(READY)
+	$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
+	@echo "report: $(CURDIR)/results/report.html"
+
+test: $(READY)
+	$(BIN)/python -m pytest -m "not long and not gpu"
+
+test-all: $(READY)
+	$(BIN)/python -m pytest -m "not gpu"
+
+# The longer tier alone: what `make test` has not run already.
+test-long: $(READY)
+	$(BIN)/python -m pytest -m "long and not gpu"
+
+test-gpu: $(READY)
+	$(BIN)/python -m pytest -m gpu
+
+lint: $(READY)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/snakefmt --check Snakefile rules
+
+format: $(READY)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+	$(BIN)/snakefmt Snakefile rules
+
+lock:
+	$(BIN)/python workflow_scripts/lock.py
+
+pin: $(READY)
+	$(BIN)/python -m prunelib.data.pin config/models.yaml config/texts.yaml
+
+clean:
+	rm -rf results logs .snakemake

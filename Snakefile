@@ -1,0 +1,31 @@
+"""The benchmark: an experiment file to a report, by content-keyed steps."""
+
+from snakemake.utils import min_version
+
+min_version("9.0")
+
+
+configfile: workflow.source_path("config/config.yaml")
+
+
+include: "rules/common.smk"
+include: "rules/keys.smk"
+include: "rules/fetch.smk"
+include: "rules/calibration.smk"
+include: "rules/statistics.smk"
+include: "rules/scores.smk"
+include: "rules/prune.smk"
+include: "rules/recover.smk"
+include: "rules/evaluate.smk"
+include: "rules/report.smk"
+
+
+localrules:
+    all,
+    report,
+
+
+rule all:
+    default_target: True
+    input:
+        report_stamp(),

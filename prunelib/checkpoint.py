@@ -1,0 +1,309 @@
+"""Checkpoints: safetensors, config.json, tokenizer, plan.json. Never a pickle, never remote code.
+
+A pruned checkpoint loads by ``AutoModelForCausalLM.from_pretrained``: without remote code where
+all layers are equal, else with the modelling file that is saved beside the weights. This library
+itself builds every model from its own classes and does not execute a file found beside weights.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from prunelib.device import resolve_device, resolve_dtype
+from prunelib.errors import InputError, IntegrityError
+from prunelib.families import family_of
+from prunelib.plan import FILE_NAME as PLAN_FILE
+from prunelib.plan import Plan
+from prunelib.provenance import artefact
+from prunelib.surgery import pad_tensors, prune_tensors, pruned_config
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from prunelib.families.base import Family
+
+SHARD_BYTES = 4 * 1024**3
+COMPANIONS = (
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer.model",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "merges.txt",
+    "chat_template.jinja",
+)
+TIED_NAMES = ("lm_head.weight",)
+
+
+def read_config(directory: Path) -> dict[str, Any]:
+    """Return config.json of a checkpoint as data.
+
+    Raises:
+        InputError: the directory or its config.json is missing or not JSON.
+    """
+    path = directory / "config.json"
+    if not directory.is_dir():
+        raise InputError(f"model directory {directory} does not exist")
+    try:
+        config: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: missing; not a checkpoint directory") from error
+    except ValueError as error:
+        raise InputError(f"{path}: not JSON ({error})") from error
+    return config
+
+
+def unpruned_config(config: dict[str, Any]) -> dict[str, Any]:
+    """Return a config whose ``model_type`` names the family's unpruned architecture."""
+    return config | {"model_type": str(config["model_type"]).removeprefix("pruned_")}
+
+
+def weight_files(directory: Path) -> list[Path]:
+    """Return the safetensors files of a checkpoint, in order.
+
+    Raises:
+        InputError: there are none (weights in any other format are not read).
+    """
+    index = directory / "model.safetensors.index.json"
+    if index.is_file():
+        names = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+    else:
+        names = ["model.safetensors"]
+    for name in names:
+        if Path(name).name != name:
+            raise IntegrityError(f"{index}: shard {name!r} points outside the directory")
+        if not (directory / name).is_file():
+            raise InputError(f"{directory}: {name} is missing; only safetensors weights are read")
+    return [directory / name for name in names]
+
+
+def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
+    """Yield (name, tensor) of a checkpoint, reading one tensor at a time."""
+    from safetensors import safe_open
+
+    for path in weight_files(directory):
+        with safe_open(path, framework="pt") as file:
+            for name in file.keys():  # noqa: SIM118 - not a mapping
+                yield name, file.get_tensor(name)
+
+
+class WeightReader:
+    """Random access to single tensors of a checkpoint by name; nothing is kept in memory."""
+
+    def __init__(self, directory: Path) -> None:
+        from safetensors import safe_open
+
+        self._files = [safe_open(path, framework="pt") for path in weight_files(directory)]
+        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Return the tensor ``name``; raises InputError when the checkpoint does not have it."""
+        if name not in self._where:
+            raise InputError(f"the checkpoint has no tensor {name!r}")
+        tensor: torch.Tensor = self._where[name].get_tensor(name)
+        return tensor
+
+
+def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path) -> int:
+    """Write tensors as one safetensors file, or as shards of at most 4 GiB with an index.
+
+    Holds one shard in memory. Returns the number of elements written.
+    """
+    from safetensors.torch import save_file
+
+    shards: list[list[str]] = []
+    current: dict[str, torch.Tensor] = {}
+    size = elements = total = 0
+
+    def flush() -> None:
+        nonlocal current, size
+        save_file(current, out / f"shard-{len(shards)}.safetensors", metadata={"format": "pt"})
+        shards.append(list(current))
+        current, size = {}, 0
+
+    for name, tensor in tensors:
+        nbytes = tensor.numel() * tensor.element_size()
+        if current and size + nbytes > SHARD_BYTES:
+            flush()
+        current[name] = tensor.contiguous()
+        size += nbytes
+        total += nbytes
+        elements += tensor.numel()
+    flush()
+    if len(shards) == 1:
+        (out / "shard-0.safetensors").rename(out / "model.safetensors")
+        return elements
+    weight_map: dict[str, str] = {}
+    for number, names in enumerate(shards):
+        name = f"model-{number + 1:05d}-of-{len(shards):05d}.safetensors"
+        (out / f"shard-{number}.safetensors").rename(out / name)
+        weight_map |= dict.fromkeys(names, name)
+    index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+    (out / "model.safetensors.index.json").write_text(
+        json.dumps(index, indent=2, sort_keys=True) + "\n", encoding="utf-8"
+    )
+    return elements
+
+
+def _write_config(config: dict[str, Any], out: Path) -> None:
+    text = json.dumps(config, indent=2, sort_keys=True) + "\n"
+    (out / "config.json").write_text(text, encoding="utf-8")
+
+
+def _copy_companions(source: Path, out: Path) -> None:
+    for name in COMPANIONS:
+        if (source / name).is_file():
+            shutil.copyfile(source / name, out / name)
+
+
+def _save(
+    source: Path,
+    out: Path,
+    config: dict[str, Any],
+    stock: bool,
+    family: Family,
+    tensors: Iterable[tuple[str, torch.Tensor]],
+) -> int:
+    out.mkdir(parents=True, exist_ok=True)
+    _write_config(config, out)
+    _copy_companions(source, out)
+    if not stock:
+        # Read and written, not copied: file modes of an installation do not matter here.
+        text = Path(family.modeling_file()).read_text(encoding="utf-8")
+        (out / Path(family.modeling_file()).name).write_text(text, encoding="utf-8")
+    tied = bool(config.get("tie_word_embeddings"))
+    return write_tensors(((n, t) for n, t in tensors if not (tied and n in TIED_NAMES)), out)
+
+
+def prune_checkpoint(source: Path, plan: Plan, out: Path) -> None:
+    """Write the checkpoint that ``plan`` leaves of the one in ``source``, tensor by tensor.
+
+    Raises:
+        InputError: the plan does not fit the model.
+        IntegrityError: the written weights have another size than the plan says.
+    """
+    config = read_config(source)
+    family = family_of(config)
+    new, stock = pruned_config(family, config, plan)
+    tensors = prune_tensors(read_tensors(source), family, config, plan)
+    elements = _save(source, out, new, stock, family, tensors)
+    if elements != plan.parameters[1]:
+        raise IntegrityError(
+            f"{out}: {elements:,} parameters written, the plan says {plan.parameters[1]:,}"
+        )
+    plan.save(out)
+
+
+def export_stock(pruned: Path, original_config: dict[str, Any], out: Path) -> None:
+    """Pad a pruned checkpoint with zero units to the original widths.
+
+    The result loads anywhere as the stock architecture, with the pruned model's logits; it is
+    neither smaller nor faster than the original.
+    """
+    plan = Plan.load(pruned)
+    family = family_of(original_config)
+    tensors = pad_tensors(read_tensors(pruned), family, original_config, plan)
+    _save(pruned, out, dict(original_config), True, family, tensors)
+
+
+def save_like(model: PreTrainedModel, source: Path, out: Path) -> None:
+    """Save a model's weights with the config, modelling file, tokenizer and plan of ``source``."""
+    config = read_config(source)
+    family = family_of(unpruned_config(config) | {"per_layer_config": None})
+    _save(source, out, config, "auto_map" not in config, family, model.state_dict().items())
+    if (source / PLAN_FILE).is_file():
+        shutil.copyfile(source / PLAN_FILE, out / PLAN_FILE)
+
+
+def build_model(
+    config: dict[str, Any], make: Callable[[type[PreTrainedModel], Any], PreTrainedModel]
+) -> PreTrainedModel:
+    """Build a model from a config with this library's or transformers' own classes.
+
+    ``auto_map`` in the config is ignored: a file beside weights is never executed.
+
+    Args:
+        config: config.json as data.
+        make: called with the model class and the config object; returns the model.
+
+    Raises:
+        InputError: the architecture is not supported, or the config is not valid.
+    """
+    family = family_of(unpruned_config(config) | {"per_layer_config": None})
+    config_class, model_class = family.model_class(config)
+    data = {k: v for k, v in config.items() if k not in ("auto_map", "model_type")}
+    per_layer = data.pop("per_layer_config", None)
+    try:
+        parsed = config_class.from_dict(data)
+        if per_layer is not None:
+            parsed.per_layer_config = per_layer
+    except (ValueError, TypeError) as error:
+        message = " ".join(str(error).split())
+        raise InputError(
+            f"config.json is not a valid {config_class.__name__}: {message}"
+        ) from error
+    return make(model_class, parsed)
+
+
+def load_model(
+    directory: Path,
+    *,
+    device: str = "cpu",
+    dtype: str = "float32",
+) -> PreTrainedModel:
+    """Load a checkpoint for scoring, recovery or evaluation, in eval mode.
+
+    Files are checked against the sha256 in provenance.json when there is one. On a CPU, bf16
+    weights are rounded to bf16 and computed with in fp32: bf16 products there are several times
+    slower. With several GPUs the layers are spread over them.
+
+    Args:
+        directory: a checkpoint directory.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32`` or ``bfloat16``.
+
+    Raises:
+        InputError: not a checkpoint, unsupported architecture, device or dtype.
+        IntegrityError: a file is not what its provenance says, or tensors do not fit.
+    """
+    import torch
+
+    where, kind = resolve_device(device), resolve_dtype(dtype)
+    config = read_config(directory)
+    weight_files(directory)
+    if (directory / artefact.RECORD).is_file():
+        artefact.verify(directory)
+    sharded = where.type == "cuda" and where.index is None and torch.cuda.device_count() > 1
+
+    def make(model_class: type[PreTrainedModel], parsed: Any) -> PreTrainedModel:
+        # With loading info the result is a pair, which the annotations do not say.
+        loaded: Any = model_class.from_pretrained(
+            directory,
+            config=parsed,
+            dtype=kind,
+            use_safetensors=True,
+            local_files_only=True,
+            output_loading_info=True,
+            device_map="auto" if sharded else None,
+        )
+        model, report = loaded
+        for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+            if report.get(key):
+                raise IntegrityError(f"{directory}: {key.replace('_', ' ')}: {report[key]}")
+        result: PreTrainedModel = model
+        return result
+
+    model = build_model(config, make)
+    if not sharded:
+        model.to(where)  # type: ignore[arg-type]
+    if where.type == "cpu":
+        model.to(torch.float32)  # type: ignore[arg-type]
+    model.eval()
+    return model

@@ -1,0 +1,1 @@
+"""Importance criteria: pure functions from statistics and weights to one score per unit."""

@@ -1,0 +1,1 @@
+"""Models, texts, calibration sets and local tasks: where a run's data comes from."""

@@ -1,0 +1,1 @@
+"""Evaluation: perplexity, lm-eval tasks and efficiency, each with its convention and hardware."""

@@ -1,0 +1,108 @@
+"""What a pruning method is: hyper-parameters, citation, and how it composes the parts.
+
+A method is one file of this package: a frozen dataclass that derives from ``Method`` and is named
+``METHOD`` in its module. Its fields are its hyper-parameters; a catalogue entry names the module
+and gives values to them.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import numpy as np
+
+from prunelib.criteria.fold import Array
+from prunelib.selection import Rule, Scores
+
+if TYPE_CHECKING:
+    import torch
+
+    from prunelib.families.base import Config, Family, UnitKind, UnitSlice
+
+WIDTH_KINDS = ("kv_group", "mlp_channel")
+
+
+@dataclass(frozen=True, eq=False)
+class ScoringInputs:
+    """All that a method may look at.
+
+    Attributes:
+        family: the model's family.
+        config: config.json of the unpruned model.
+        weight: returns one tensor of the checkpoint by its full name, on the CPU.
+        statistics: per pass, its tensors by name (only the passes that the method names).
+        seed: the run's seed.
+    """
+
+    family: Family
+    config: Config
+    weight: Callable[[str], torch.Tensor]
+    statistics: Mapping[str, Mapping[str, torch.Tensor]]
+    seed: int
+
+    @property
+    def layer_count(self) -> int:
+        """Number of layers of the unpruned model."""
+        return int(self.config["num_hidden_layers"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method(ABC):
+    """Base of all methods.
+
+    Attributes:
+        ranking: ``local`` (per layer) or ``global`` (all layers together).
+        round_to: kept MLP channels per layer are a multiple of this.
+        statistics: passes over calibration data that the method needs; empty for data-free ones.
+        seeded: whether scores depend on the seed even without calibration data.
+        kinds: unit kinds that it prunes; ``("block",)`` for depth pruning.
+        title: name for tables.
+        citation: BibTeX.
+    """
+
+    ranking: str = "local"
+    round_to: int = 1
+
+    statistics: ClassVar[tuple[str, ...]] = ()
+    seeded: ClassVar[bool] = False
+    kinds: ClassVar[tuple[str, ...]] = WIDTH_KINDS
+    title: ClassVar[str]
+    citation: ClassVar[str]
+
+    def rule(self) -> Rule:
+        """Return how this method's units are ranked; raises InputError on bad values."""
+        return Rule(self.kinds, self.ranking, self.round_to)
+
+    @abstractmethod
+    def scores(self, inputs: ScoringInputs) -> Scores:
+        """Return one score per unit: per kind a list of float64 arrays, one per layer [units].
+
+        Low scores are pruned first. Block methods return one array [layers] under ``block``.
+        """
+
+
+def score_members(
+    inputs: ScoringInputs,
+    kinds: tuple[str, ...],
+    member: Callable[[int, UnitSlice], Array],
+    aggregate: Callable[[UnitKind, Callable[[UnitSlice], Array]], Array],
+) -> dict[str, list[Array]]:
+    """Score all units of ``kinds`` in all layers from scores of their members.
+
+    Args:
+        inputs: the scoring inputs.
+        kinds: unit kinds.
+        member: (layer, slice) to a score per position of the slice [positions].
+        aggregate: combines the members of a kind into [units].
+    """
+    units = {name: inputs.family.kind(inputs.config, name) for name in kinds}
+    return {
+        name: [
+            aggregate(kind, lambda part, layer=layer: np.asarray(member(layer, part)))  # type: ignore[misc]
+            for layer in range(inputs.layer_count)
+        ]
+        for name, kind in units.items()
+    }

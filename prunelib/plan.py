@@ -1,0 +1,167 @@
+"""The pruning plan: which units every layer keeps, as data.
+
+A plan is all that surgery, checkpoints, exports and reports need to know of a method's decision.
+It is written as JSON beside every pruned checkpoint.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from prunelib.errors import InputError
+
+VERSION = 1
+FILE_NAME = "plan.json"
+_KEYS = {
+    "version",
+    "family",
+    "model_type",
+    "layers",
+    "removed_blocks",
+    "original",
+    "parameters",
+    "target",
+    "produced_by",
+}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A frozen pruning decision.
+
+    Attributes:
+        family: name of the model family.
+        model_type: ``model_type`` of the model that the plan is for.
+        kept: per original layer, the kept unit ids by kind (sorted), or None for a removed block.
+        units: number of units of each kind in an unpruned layer.
+        parameters: total parameters before and after.
+        target: what was asked for (kind, value, protected layers).
+        produced_by: method, hyper-parameters, seed.
+    """
+
+    family: str
+    model_type: str
+    kept: tuple[Mapping[str, tuple[int, ...]] | None, ...]
+    units: Mapping[str, int]
+    parameters: tuple[int, int]
+    target: Mapping[str, Any] = field(default_factory=dict)
+    produced_by: Mapping[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if all(layer is None for layer in self.kept):
+            raise InputError("plan: every block is removed; at least one must stay")
+        for index, layer in enumerate(self.kept):
+            for kind, ids in (layer or {}).items():
+                self._check_units(index, kind, ids)
+
+    def _check_units(self, index: int, kind: str, ids: tuple[int, ...]) -> None:
+        where = f"plan: layer {index}, {kind}"
+        if kind not in self.units:
+            raise InputError(f"{where}: unknown kind; allowed: {', '.join(self.units)}")
+        if not ids:
+            raise InputError(f"{where}: no unit is kept; at least one must stay")
+        if list(ids) != sorted(set(ids)):
+            raise InputError(f"{where}: unit ids must be increasing and without repeats")
+        if ids[0] < 0 or ids[-1] >= self.units[kind]:
+            raise InputError(f"{where}: unit ids must lie in 0..{self.units[kind] - 1}")
+
+    @property
+    def kept_layers(self) -> tuple[int, ...]:
+        """Original indices of the layers that stay."""
+        return tuple(i for i, layer in enumerate(self.kept) if layer is not None)
+
+    @property
+    def removed_blocks(self) -> tuple[int, ...]:
+        """Original indices of the blocks that are removed as a whole."""
+        return tuple(i for i, layer in enumerate(self.kept) if layer is None)
+
+    @property
+    def removed_ratio(self) -> float:
+        """Parameters removed over all parameters."""
+        before, after = self.parameters
+        return (before - after) / before
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return the plan as JSON-serialisable data."""
+        before, after = self.parameters
+        return {
+            "version": VERSION,
+            "family": self.family,
+            "model_type": self.model_type,
+            "original": {"num_hidden_layers": len(self.kept), "units": dict(self.units)},
+            "parameters": {
+                "original": before,
+                "remaining": after,
+                "removed_ratio": self.removed_ratio,
+            },
+            "target": dict(self.target),
+            "produced_by": dict(self.produced_by),
+            "removed_blocks": list(self.removed_blocks),
+            "layers": [
+                {"index": i, "kept": {kind: list(ids) for kind, ids in layer.items()}}
+                for i, layer in enumerate(self.kept)
+                if layer is not None
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Plan:
+        """Read a plan back, refusing anything that is not one.
+
+        Raises:
+            InputError: unknown version or key, a layer twice, units out of range.
+        """
+        if not isinstance(data, Mapping) or data.get("version") != VERSION:
+            raise InputError(f"plan: version {VERSION} expected")
+        if unknown := set(data) - _KEYS:
+            raise InputError(f"plan: unknown keys {', '.join(sorted(unknown))}")
+        try:
+            count = int(data["original"]["num_hidden_layers"])
+            kept: list[dict[str, tuple[int, ...]] | None] = [None] * count
+            for layer in data["layers"]:
+                index = layer["index"]
+                if not 0 <= index < count or kept[index] is not None:
+                    raise InputError(f"plan: layer {index} is out of range or given twice")
+                kept[index] = {k: tuple(map(int, ids)) for k, ids in layer["kept"].items()}
+            plan = cls(
+                family=str(data["family"]),
+                model_type=str(data["model_type"]),
+                kept=tuple(kept),
+                units={k: int(n) for k, n in data["original"]["units"].items()},
+                parameters=(
+                    int(data["parameters"]["original"]),
+                    int(data["parameters"]["remaining"]),
+                ),
+                target=dict(data["target"]),
+                produced_by=dict(data["produced_by"]),
+            )
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise InputError(f"plan: malformed ({type(error).__name__}: {error})") from error
+        if list(plan.removed_blocks) != sorted(data.get("removed_blocks", [])):
+            raise InputError("plan: removed_blocks and layers disagree")
+        return plan
+
+    def save(self, directory: Path) -> None:
+        """Write ``plan.json`` into ``directory``."""
+        text = json.dumps(self.to_dict(), sort_keys=True, indent=None, separators=(",", ":"))
+        (directory / FILE_NAME).write_text(text + "\n", encoding="utf-8")
+
+    @classmethod
+    def load(cls, directory: Path) -> Plan:
+        """Read ``plan.json`` from ``directory``.
+
+        Raises:
+            InputError: the file is missing or is not a plan.
+        """
+        path = directory / FILE_NAME
+        try:
+            data = json.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise InputError(f"{path}: no such plan") from error
+        except (ValueError, UnicodeDecodeError) as error:
+            raise InputError(f"{path}: not JSON ({error})") from error
+        return cls.from_dict(data)

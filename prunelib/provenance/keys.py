@@ -1,0 +1,97 @@
+"""Content keys: what a result depends on, hashed.
+
+Two sides compute the key of a step with these functions: the workflow when it builds the DAG, and
+the step itself before it writes. Neither mtimes nor the git commit take part.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterable, Mapping
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from prunelib.errors import InputError
+from prunelib.provenance.fingerprint import Fingerprint
+
+_KEY_RULES = 1
+"""Raised when the meaning of a key changes, so that old and new keys never collide."""
+
+
+@cache
+def _version(name: str) -> str:
+    try:
+        version = metadata.version(name)
+    except (metadata.PackageNotFoundError, ValueError) as error:
+        raise InputError(f"package {name!r} is not installed, but results depend on it") from error
+    return version.split("+")[0]
+
+
+def package_versions(names: Iterable[str]) -> dict[str, str]:
+    """Return the installed version of each distribution, without local tags such as ``+cpu``.
+
+    Raises:
+        InputError: a distribution is not installed.
+    """
+    return {name: _version(name) for name in sorted(set(names))}
+
+
+def canonical_json(value: Any, where: str) -> str:
+    """Return the one JSON text of a value: sorted keys, no blanks, floats by ``repr``, ASCII.
+
+    Raises:
+        InputError: the value holds NaN, an infinity, a key that is not a string, or an object
+            that JSON does not have; the message names the place, beginning with ``where``.
+    """
+    _refuse_what_json_lacks(value, where)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
+
+
+def _refuse_what_json_lacks(value: Any, where: str) -> None:
+    if isinstance(value, Mapping):
+        for name, item in value.items():
+            if not isinstance(name, str):
+                raise InputError(f"{where}: key {name!r} is not a string")
+            _refuse_what_json_lacks(item, f"{where}.{name}")
+    elif isinstance(value, list | tuple):
+        for index, item in enumerate(value):
+            _refuse_what_json_lacks(item, f"{where}[{index}]")
+    elif isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(f"{where}: {value!r} is not a finite number")
+    elif not (value is None or isinstance(value, str | int)):
+        raise InputError(f"{where}: a {type(value).__name__} cannot be part of a key")
+
+
+def step_key(
+    step: str,
+    params: Mapping[str, Any],
+    fingerprint: Fingerprint,
+    upstream: Mapping[str, str],
+    packages: Mapping[str, str],
+) -> str:
+    """Return the content key of a step: 16 hex digits of a sha256.
+
+    Args:
+        step: name of the step.
+        params: everything the step is told, JSON values only. ``1`` and ``1.0`` differ.
+        fingerprint: the code that it runs.
+        upstream: name of each input to the content key of that artefact.
+        packages: distribution name to version, see ``package_versions``.
+
+    Raises:
+        InputError: the parameters are not plain finite JSON values.
+    """
+    payload = {
+        "rules": _KEY_RULES,
+        "step": step,
+        "params": dict(params),
+        "code": fingerprint.digest,
+        "upstream": dict(upstream),
+        "packages": dict(packages),
+    }
+    text = canonical_json(payload, f"key of step {step!r}")
+    return hashlib.sha256(text.encode()).hexdigest()[:16]

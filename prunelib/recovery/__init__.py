@@ -1,0 +1,1 @@
+"""Recovery of a pruned model's quality by a short training run."""

@@ -1,0 +1,620 @@
+"""LoRA recovery: low-rank adapters trained on text, with a resumable loop.
+
+The default values are LLM-Pruner's (Ma et al. 2023, appendix B and its public training script),
+which ran on the Trainer of transformers; what that left unsaid are the Trainer's defaults: AdamW
+with betas (0.9, 0.999), eps 1e-8 and weight decay 0, linear decay to 0 after a linear warm-up,
+gradients clipped to norm 1. Three things differ from LLM-Pruner's own run: the data are packed
+windows of plain text and not padded instruction pairs with the prompt masked, the precision is
+bf16 or fp32 and not fp16, and the last adapter is kept, not the best by validation loss.
+
+On a CPU a run that was killed and resumed ends with the same bytes as an unbroken one: everything
+that it depends on is either in the saved state (`prunelib.recovery.state`) or a function of the
+seed and the step.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import logging
+import math
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+from prunelib.errors import InputError, NonFiniteError
+from prunelib.recovery.state import TrainingState, jsonl, load_state, save_state
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+logger = logging.getLogger(__name__)
+
+LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+_LOG_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class LoraRecipe:
+    """Hyper-parameters of a LoRA recovery run; the defaults are LLM-Pruner's.
+
+    Fixed and not configurable: AdamW, a linear schedule, no biases trained.
+
+    Attributes:
+        r: rank of the adapters.
+        alpha: the adapters' output is scaled by ``alpha / r``.
+        dropout: probability of dropping an input of an adapter.
+        targets: names of the linear layers that get an adapter.
+        lr: peak learning rate.
+        batch: windows per optimiser step.
+        micro_batch: windows per forward and backward pass; divides ``batch``.
+        epochs: passes over the windows, where ``max_steps`` is None.
+        max_steps: optimiser steps; None means ``epochs`` passes.
+        warmup_steps: the rate rises linearly over these (step 0 has rate 0, as in the Trainer).
+        betas: AdamW's decay rates of the first and second moment.
+        eps: AdamW's denominator term.
+        weight_decay: AdamW's decoupled weight decay.
+        clip_norm: the gradients' global L2 norm is clipped to it.
+        length: tokens per window (LLM-Pruner's cutoff length).
+        save_every: optimiser steps between two saved states.
+
+    Raises:
+        InputError: a value is out of its range.
+    """
+
+    r: int = 8
+    alpha: int = 16
+    dropout: float = 0.05
+    targets: tuple[str, ...] = LLAMA_LINEARS
+    lr: float = 1e-4
+    batch: int = 64
+    micro_batch: int = 4
+    epochs: int = 2
+    max_steps: int | None = None
+    warmup_steps: int = 100
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    clip_norm: float = 1.0
+    length: int = 256
+    save_every: int = 50
+
+    def __post_init__(self) -> None:
+        for name in ("r", "alpha", "batch", "micro_batch", "epochs", "save_every"):
+            _check(name, getattr(self, name), int, lambda value: value >= 1, "an integer >= 1")
+        _check("length", self.length, int, lambda value: value >= 2, "an integer >= 2")
+        _check("warmup_steps", self.warmup_steps, int, lambda value: value >= 0, "an integer >= 0")
+        if self.max_steps is not None:
+            _check(
+                "max_steps",
+                self.max_steps,
+                int,
+                lambda value: value >= 1,
+                "an integer >= 1 or null",
+            )
+        for name in ("lr", "eps", "clip_norm"):
+            _check(name, getattr(self, name), float, lambda value: value > 0, "a number > 0")
+        decay = self.weight_decay
+        _check("weight_decay", decay, float, lambda value: value >= 0, "a number >= 0")
+        _check("dropout", self.dropout, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
+            raise InputError(f"recovery recipe: betas is {self.betas!r}; allowed: two numbers")
+        for beta in self.betas:
+            _check("betas", beta, float, lambda value: 0 <= value < 1, "numbers in [0, 1)")
+        if not (
+            isinstance(self.targets, tuple)
+            and self.targets
+            and all(isinstance(name, str) and name for name in self.targets)
+            and len(set(self.targets)) == len(self.targets)
+        ):
+            raise InputError(
+                f"recovery recipe: targets is {self.targets!r}; "
+                "allowed: different names of linear layers, at least one"
+            )
+        if self.batch % self.micro_batch:
+            raise InputError(
+                f"recovery recipe: batch {self.batch} is not a multiple of "
+                f"micro_batch {self.micro_batch}"
+            )
+
+
+def _check(name: str, value: Any, kind: type, holds: Any, allowed: str) -> None:
+    kinds = (int, float) if kind is float else (int,)
+    whole = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
+    if not (whole and holds(value)):
+        raise InputError(f"recovery recipe: {name} is {value!r}; allowed: {allowed}")
+
+
+def parse_recipe(values: Mapping[str, Any]) -> LoraRecipe:
+    """Return the recipe that a catalogue entry or a request describes.
+
+    Raises:
+        InputError: a key is unknown or a value is out of its range.
+    """
+    known = {field.name for field in fields(LoraRecipe)}
+    unknown = sorted(set(values) - known)
+    if unknown:
+        raise InputError(
+            f"recovery recipe: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}"
+        )
+    given: dict[str, Any] = {
+        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
+    }
+    return LoraRecipe(**given)
+
+
+@dataclass(frozen=True)
+class RecoveryResult:
+    """What a recovery run did.
+
+    Attributes:
+        steps: optimiser steps of the whole run.
+        tokens: tokens read in the whole run (positions of all windows of all steps).
+        trainable_parameters: parameters of the adapters.
+        first_loss: mean negative log-likelihood of the first step, in nats per token.
+        last_loss: the same of the last step.
+        resumed_from: steps that were taken over from a saved state (0: none).
+        seconds: wall-clock time of the steps that this call ran.
+        tokens_per_second: training throughput of this call (0 where it ran no step).
+    """
+
+    steps: int
+    tokens: int
+    trainable_parameters: int
+    first_loss: float
+    last_loss: float
+    resumed_from: int
+    seconds: float
+    tokens_per_second: float
+
+
+def steps_per_epoch(count: int, recipe: LoraRecipe) -> int:
+    """Return the optimiser steps that read ``count`` windows once; the last may be smaller."""
+    return math.ceil(count / recipe.batch)
+
+
+def total_steps(count: int, recipe: LoraRecipe) -> int:
+    """Return the optimiser steps of a run over ``count`` windows."""
+    return recipe.max_steps or recipe.epochs * steps_per_epoch(count, recipe)
+
+
+def learning_rate(step: int, steps: int, recipe: LoraRecipe) -> float:
+    """Return the rate of 0-based ``step`` out of ``steps``: linear warm-up, then linear to 0."""
+    if step < recipe.warmup_steps:
+        return recipe.lr * step / recipe.warmup_steps
+    return recipe.lr * max(0, steps - step) / max(1, steps - recipe.warmup_steps)
+
+
+def batch_indices(step: int, count: int, recipe: LoraRecipe, seed: int) -> torch.Tensor:
+    """Return the windows of 0-based ``step``: int64 ``[at most batch]``.
+
+    Every epoch is a permutation of all windows drawn from (seed, epoch), so that the position in
+    the data is a function of the step alone.
+    """
+    import torch
+
+    epoch, position = divmod(step, steps_per_epoch(count, recipe))
+    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    order = torch.randperm(count, generator=generator)
+    return order[position * recipe.batch : (position + 1) * recipe.batch]
+
+
+def recover(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    recipe: LoraRecipe,
+    *,
+    seed: int,
+    state: Path,
+    out: Path,
+    device: str,
+    dtype: str,
+    base: str,
+) -> RecoveryResult:
+    """Train LoRA adapters of ``model`` on ``windows`` and write them to ``out`` (Hu et al. 2021).
+
+    Written: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft's format),
+    ``loss.jsonl`` (per optimiser step: step from 1, mean loss in nats per token, learning rate,
+    tokens read so far) and ``meta.json``. The same inputs give the same bytes on a CPU, whether or
+    not the run was interrupted.
+
+    Args:
+        model: the causal language model; it is changed in place (frozen, with adapters).
+        windows: packed token windows, int64 ``[n, recipe.length]``.
+        recipe: hyper-parameters.
+        seed: seeds the adapters' initial values, dropout and the order of the data.
+        state: directory of the resumable state; a fitting state found there is continued.
+        out: directory that gets the adapter; made if it is missing.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        dtype: ``float32`` or ``bfloat16``, of the frozen weights and on a GPU of the matrix
+            products; adapters, moments and loss are always fp32. On a CPU bf16 weights are widened
+            and everything is computed in fp32.
+        base: the base checkpoint's path relative to the adapter's final directory.
+
+    Raises:
+        InputError: windows, targets, device, dtype or ``base`` do not fit.
+        NonFiniteError: a loss or a gradient is NaN or infinite; the last state is kept.
+    """
+    import torch
+
+    from prunelib.device import resolve_device, resolve_dtype
+
+    if Path(base).is_absolute():
+        raise InputError(f"recovery: base {base!r} is absolute; allowed: a relative path")
+    place, weights_dtype = resolve_device(device), resolve_dtype(dtype)
+    _check_windows(windows, recipe, model.config.get_text_config().vocab_size)
+    steps = total_steps(len(windows), recipe)
+    if recipe.warmup_steps >= steps:
+        logger.warning(
+            "warm-up of %d steps in a run of %d: the rate never reaches its peak",
+            recipe.warmup_steps,
+            steps,
+        )
+    gpus = range(torch.cuda.device_count()) if place.type == "cuda" else ()
+    with torch.random.fork_rng(devices=gpus), _termination() as terminated:
+        torch.manual_seed(seed)
+        _place(model, place, weights_dtype)
+        identity = _identity(model, windows, recipe, seed, place, dtype)
+        adapted = _with_adapters(model, recipe)
+        trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
+        _check_head(model, windows)
+        optimiser = torch.optim.AdamW(
+            trainable.values(),
+            lr=recipe.lr,
+            betas=recipe.betas,
+            eps=recipe.eps,
+            weight_decay=recipe.weight_decay,
+        )
+        losses: list[Mapping[str, Any]] = []
+        resumed = load_state(state, identity)
+        if resumed is not None:
+            _restore(resumed, trainable, optimiser)
+            losses = list(resumed.losses)
+            logger.info("resumed after step %d of %d from %s", resumed.step, steps, state)
+        start, begun = len(losses), time.monotonic()
+        last_log, saved = begun, start
+        adapted.train()
+        for step in range(start, steps):
+            kept = f"state of step {saved} kept in {state}" if saved else "no state was saved yet"
+            rate = learning_rate(step, steps, recipe)
+            picked = windows[batch_indices(step, len(windows), recipe, seed)]
+            for group in optimiser.param_groups:
+                group["lr"] = rate
+            loss = _step(model, trainable, optimiser, picked, recipe, place, step + 1, kept)
+            tokens = picked.numel() + (losses[-1]["tokens"] if losses else 0)
+            losses.append({"step": step + 1, "loss": loss, "lr": rate, "tokens": tokens})
+            if (step + 1) % recipe.save_every == 0 or step + 1 == steps or terminated:
+                _save(state, step + 1, trainable, optimiser, losses, identity, gpus)
+                saved = step + 1
+            if terminated and step + 1 < steps:
+                logger.warning("terminated; state of step %d of %d is saved", saved, steps)
+                raise _Terminated
+            if time.monotonic() - last_log >= _LOG_SECONDS or step + 1 == steps:
+                last_log = time.monotonic()
+                _report(losses, start, steps, last_log - begun)
+        seconds = time.monotonic() - begun
+        result = _result(losses, start, seconds, sum(p.numel() for p in trainable.values()))
+        _write(out, adapted, recipe, seed, losses, result, identity, base)
+    return result
+
+
+class _Terminated(BaseException):
+    """SIGTERM arrived and the state is saved; `_termination` turns it back into the signal."""
+
+
+@contextlib.contextmanager
+def _termination() -> Iterator[list[int]]:
+    """Hold SIGTERM back while training; the list yielded is no longer empty once it arrived.
+
+    After the state is saved the signal is raised again for whoever handled it before, so that the
+    process ends as it would have ended without this function.
+    """
+    received: list[int] = []
+    if threading.current_thread() is not threading.main_thread():
+        yield received
+        return
+    previous = signal.signal(signal.SIGTERM, lambda number, frame: received.append(number))
+    stopped = False
+    try:
+        yield received
+    except _Terminated:
+        stopped = True
+    finally:
+        signal.signal(signal.SIGTERM, previous)
+        if received:
+            os.kill(os.getpid(), signal.SIGTERM)
+    if stopped:
+        raise SystemExit(128 + signal.SIGTERM)
+
+
+def _check_windows(windows: torch.Tensor, recipe: LoraRecipe, vocabulary: int) -> None:
+    import torch
+
+    shape = tuple(windows.shape)
+    if windows.dtype != torch.int64 or len(shape) != 2 or shape[1] != recipe.length or not shape[0]:
+        raise InputError(
+            f"recovery: windows are {windows.dtype} {list(shape)}; "
+            f"allowed: int64 [n >= 1, {recipe.length}]"
+        )
+    low, high = int(windows.min()), int(windows.max())
+    if low < 0 or high >= vocabulary:
+        raise InputError(
+            f"recovery: windows hold token ids {low}..{high}; allowed: 0..{vocabulary - 1}"
+        )
+
+
+def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    """Move the model and set its weights' dtype; buffers (rotary tables) keep their own."""
+    import torch
+
+    if not getattr(model, "hf_device_map", None):
+        model.to(device)  # type: ignore[arg-type]
+    for parameter in model.parameters():
+        parameter.data = parameter.data.to(dtype)
+        if device.type == "cpu":
+            # bf16 products are 5 to 160 times slower than fp32 on a CPU without bf16 units.
+            parameter.data = parameter.data.to(torch.float32)
+
+
+def _identity(
+    model: PreTrainedModel,
+    windows: torch.Tensor,
+    recipe: LoraRecipe,
+    seed: int,
+    device: torch.device,
+    dtype: str,
+) -> dict[str, Any]:
+    """Return all that a saved state must share with this run to be continued by it.
+
+    The base model is identified by its shapes and 1,024 evenly spread values of each weight:
+    enough to tell two prunings apart without hashing gigabytes.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {list(parameter.shape)} {parameter.dtype}\n".encode())
+        flat = parameter.detach().flatten()
+        digest.update(flat[:: max(1, flat.numel() // 1024)].float().cpu().numpy().tobytes())
+    return {
+        "recipe": asdict(recipe),
+        "seed": seed,
+        "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        "base": digest.hexdigest(),
+        "device": device.type,
+        "dtype": dtype,
+        # The number of threads changes the order of sums on a CPU only.
+        "threads": torch.get_num_threads() if device.type == "cpu" else None,
+        "torch": torch.__version__.split("+")[0],
+    }
+
+
+def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
+    """Return the peft model: base frozen, adapters in fp32 with B = 0, so that it is unchanged."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+
+    head = model.get_output_embeddings()
+    linears = {
+        name.rpartition(".")[2]
+        for name, module in model.named_modules()
+        if isinstance(module, torch.nn.Linear) and module is not head
+    }
+    missing = [target for target in recipe.targets if target not in linears]
+    if missing:
+        raise InputError(
+            f"recovery recipe: target {missing[0]!r} matches no linear layer of this "
+            f"{model.config.model_type} model; allowed: {', '.join(sorted(linears))}"
+        )
+    config = LoraConfig(
+        r=recipe.r,
+        lora_alpha=recipe.alpha,
+        lora_dropout=recipe.dropout,
+        target_modules=list(recipe.targets),
+        bias="none",
+        task_type="CAUSAL_LM",
+    )
+    return get_peft_model(model, config)
+
+
+def _hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """Return the decoder's last hidden states, ``[batch, length, hidden_size]``."""
+    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+    return hidden
+
+
+def _check_head(model: PreTrainedModel, windows: torch.Tensor) -> None:
+    """Refuse a model whose logits are more than its output layer (soft caps, scales)."""
+    import torch
+
+    inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
+    ids = windows[:1, :8].to(inputs.device)
+    model.eval()
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+        head = model.get_output_embeddings()
+        ours = head(_hidden_states(model, ids).to(head.weight.device))
+    # A NaN is not this check's business: the first loss will name it.
+    if not torch.allclose(ours, logits.to(ours.device), rtol=1e-3, atol=1e-3, equal_nan=True):
+        raise InputError(
+            f"recovery: a {model.config.model_type} model changes its logits after the output "
+            "layer; this is not supported"
+        )
+
+
+def _step(
+    model: PreTrainedModel,
+    trainable: Mapping[str, torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    windows: torch.Tensor,
+    recipe: LoraRecipe,
+    device: torch.device,
+    number: int,
+    kept: str,
+) -> float:
+    """Do one optimiser step over ``windows`` ``[batch, length]``; return its mean loss in nats."""
+    import torch
+
+    from prunelib.recovery.loss import frozen_head_loss
+
+    head = model.get_output_embeddings()
+    inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
+    targets = windows.shape[0] * (windows.shape[1] - 1)
+    total = 0.0
+    optimiser.zero_grad(set_to_none=True)
+    # Autocast keeps fp32 adapters and bf16 base weights in one precision on a GPU.
+    mixed = torch.autocast("cuda", torch.bfloat16, enabled=inputs.dtype == torch.bfloat16)
+    for part in windows.split(recipe.micro_batch):
+        ids = part.to(inputs.device)
+        with mixed if device.type == "cuda" else contextlib.nullcontext():
+            hidden = _hidden_states(model, ids)[:, :-1].flatten(0, 1)
+            loss = frozen_head_loss(hidden, head, ids[:, 1:].flatten()) / targets
+        value = float(loss.detach())
+        if not math.isfinite(value):
+            raise NonFiniteError(f"recovery: the loss is {value} at step {number}; {kept}")
+        loss.backward()
+        total += value
+    norm = float(torch.nn.utils.clip_grad_norm_(trainable.values(), recipe.clip_norm))
+    if not math.isfinite(norm):
+        bad = next(
+            (n for n, p in trainable.items() if p.grad is not None and not p.grad.isfinite().all()),
+            "(the norm overflows)",
+        )
+        raise NonFiniteError(
+            f"recovery: the gradient of {bad} is not finite at step {number}; {kept}"
+        )
+    optimiser.step()
+    return total
+
+
+def _save(
+    directory: Path,
+    step: int,
+    trainable: Mapping[str, torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+    losses: Sequence[Mapping[str, Any]],
+    identity: Mapping[str, Any],
+    gpus: Sequence[int],
+) -> None:
+    import torch
+
+    tensors = {"rng.cpu": torch.get_rng_state()}
+    for index in gpus:
+        tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    for name, parameter in trainable.items():
+        tensors[f"parameter.{name}"] = parameter.detach().cpu()
+        for key in ("exp_avg", "exp_avg_sq"):
+            tensors[f"{key}.{name}"] = optimiser.state[parameter][key].detach().cpu()
+    save_state(directory, TrainingState(step, tensors, losses), identity)
+
+
+def _restore(
+    state: TrainingState,
+    trainable: Mapping[str, torch.nn.Parameter],
+    optimiser: torch.optim.Optimizer,
+) -> None:
+    import torch
+
+    tensors = state.tensors
+    moments = {}
+    with torch.no_grad():
+        for index, (name, parameter) in enumerate(trainable.items()):
+            parameter.copy_(tensors[f"parameter.{name}"])
+            moments[index] = {
+                "step": torch.tensor(float(state.step)),
+                "exp_avg": tensors[f"exp_avg.{name}"],
+                "exp_avg_sq": tensors[f"exp_avg_sq.{name}"],
+            }
+    groups = optimiser.state_dict()["param_groups"]
+    optimiser.load_state_dict({"state": moments, "param_groups": groups})
+    torch.set_rng_state(tensors["rng.cpu"])
+    for name, tensor in tensors.items():
+        if name.startswith("rng.cuda."):
+            torch.cuda.set_rng_state(tensor, int(name.rpartition(".")[2]))
+
+
+def _report(losses: Sequence[Mapping[str, Any]], start: int, steps: int, seconds: float) -> None:
+    done, last = len(losses) - start, losses[-1]
+    before = losses[start - 1]["tokens"] if start else 0
+    logger.info(
+        "step %d of %d, loss %.4f, %.0f tokens/s, %.0f s left",
+        last["step"],
+        steps,
+        last["loss"],
+        (last["tokens"] - before) / max(seconds, 1e-9),
+        seconds / done * (steps - last["step"]),
+    )
+
+
+def _result(
+    losses: Sequence[Mapping[str, Any]], start: int, seconds: float, parameters: int
+) -> RecoveryResult:
+    tokens = losses[-1]["tokens"]
+    ours = tokens - (losses[start - 1]["tokens"] if start else 0)
+    return RecoveryResult(
+        steps=len(losses),
+        tokens=tokens,
+        trainable_parameters=parameters,
+        first_loss=losses[0]["loss"],
+        last_loss=losses[-1]["loss"],
+        resumed_from=start,
+        seconds=seconds,
+        tokens_per_second=ours / max(seconds, 1e-9),
+    )
+
+
+def _write(
+    out: Path,
+    adapted: Any,
+    recipe: LoraRecipe,
+    seed: int,
+    losses: Sequence[Mapping[str, Any]],
+    result: RecoveryResult,
+    identity: Mapping[str, Any],
+    base: str,
+) -> None:
+    from peft import get_peft_model_state_dict
+    from safetensors.torch import save_file
+
+    out.mkdir(parents=True, exist_ok=True)
+    # Not `save_pretrained`: it writes a model card and, unless told, asks the hub about embeddings.
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        out / "adapter_model.safetensors",
+        metadata={"format": "pt"},
+    )
+    config = adapted.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
+    (out / "loss.jsonl").write_text(jsonl(losses), encoding="utf-8")
+    _write_json(out / "adapter_config.json", config)
+    _write_json(
+        out / "meta.json",
+        {
+            "method": "lora",
+            "recipe": asdict(recipe),
+            "seed": seed,
+            "dtype": identity["dtype"],
+            "steps": result.steps,
+            "tokens": result.tokens,
+            "trainable_parameters": result.trainable_parameters,
+            "first_loss": result.first_loss,
+            "last_loss": result.last_loss,
+            "windows_sha256": identity["windows"],
+            "base": Path(base).name,
+        },
+    )
+
+
+def _write_json(path: Path, value: Mapping[str, Any]) -> None:
+    # Sets have an order of their own in every process.
+    text = json.dumps(value, indent=2, sort_keys=True, default=sorted)
+    path.write_text(text + "\n", encoding="utf-8")

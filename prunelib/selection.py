@@ -1,0 +1,367 @@
+"""Scores and a target to a plan: which units go.
+
+Local ranking removes the same number of the lowest units in every layer that is not protected
+(LLM-Pruner section 3.3); global ranking puts all units of all kinds into one list, each counted as
+one unit with its raw score, as the public LLM-Pruner code does.
+
+A target is one of
+* ``groups``: the share of the units of every kind in every prunable layer, with LLM-Pruner's
+  integer arithmetic (``dropped = C - int(C * (1 - ratio))``, whole heads only);
+* ``parameters``: the share of all parameters to remove, solved for; the realised share is in the
+  plan;
+* ``blocks``: a number of whole blocks.
+
+Nothing here imports torch; the workflow calls ``check_reachable`` before anything runs.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import numpy.typing as npt
+
+from prunelib.errors import InputError, NonFiniteError
+from prunelib.plan import Plan
+from prunelib.surgery import remaining_parameters
+
+if TYPE_CHECKING:
+    from prunelib.families.base import Config, Family
+
+Scores = Mapping[str, Sequence[npt.NDArray[np.float64]]]
+TARGET_KINDS = ("parameters", "groups", "blocks")
+RANKINGS = ("local", "global")
+
+
+@dataclass(frozen=True)
+class Target:
+    """How much to remove, and where not.
+
+    Attributes:
+        kind: ``parameters``, ``groups`` or ``blocks``.
+        value: a share in [0, 1), or a number of blocks.
+        protect_first: number of first layers whose units stay.
+        protect_last: number of last layers whose units stay.
+    """
+
+    kind: str
+    value: float
+    protect_first: int = 0
+    protect_last: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in TARGET_KINDS:
+            raise InputError(
+                f"target kind {self.kind!r} is unknown; allowed: {', '.join(TARGET_KINDS)}"
+            )
+        if self.kind == "blocks":
+            if self.value != int(self.value) or self.value < 0:
+                raise InputError(
+                    f"target blocks: {self.value} given; a whole number from 0 allowed"
+                )
+        elif not 0 <= self.value < 1:
+            raise InputError(
+                f"target {self.kind}: ratio {self.value} given; 0 <= ratio < 1 allowed"
+            )
+        if self.protect_first < 0 or self.protect_last < 0:
+            raise InputError("target protect: first and last must not be negative")
+
+
+@dataclass(frozen=True)
+class Rule:
+    """How units are ranked.
+
+    Attributes:
+        kinds: unit kinds that are pruned, coarse before fine (``kv_group``, ``mlp_channel``).
+        ranking: ``local`` or ``global``.
+        round_to: kept MLP channels per layer are a multiple of this.
+    """
+
+    kinds: tuple[str, ...]
+    ranking: str = "local"
+    round_to: int = 1
+
+    def __post_init__(self) -> None:
+        if self.ranking not in RANKINGS:
+            raise InputError(f"ranking {self.ranking!r} is unknown; allowed: {', '.join(RANKINGS)}")
+        if self.round_to < 1:
+            raise InputError(f"round_to {self.round_to} given; a whole number from 1 allowed")
+
+
+def prunable_layers(config: Config, target: Target) -> range:
+    """Return the indices of the layers that are not protected.
+
+    Raises:
+        InputError: all layers are protected although something is to be removed.
+    """
+    count = int(config["num_hidden_layers"])
+    layers = range(target.protect_first, count - target.protect_last)
+    if not layers and target.value > 0:
+        raise InputError(
+            f"target protect: first {target.protect_first} and last {target.protect_last} "
+            f"cover all {count} layers; nothing is left to prune"
+        )
+    return layers
+
+
+def group_ratio_counts(family: Family, config: Config, kind: str, ratio: float) -> int:
+    """Return the number of units of ``kind`` that a group ratio drops per layer.
+
+    LLM-Pruner's arithmetic: channels ``C - int(C * (1 - ratio))``, heads that number of channels
+    divided by the head's width, rounded down. The ratio is taken as the decimal that was written,
+    not as the nearest binary fraction.
+    """
+    unit = family.kind(config, kind)
+    # The root of a head group is its narrowest member: the k rows of one kv head.
+    width = min(len(part.owner) for part in unit.slices) // unit.count
+    channels = unit.count * width
+    dropped = channels - math.floor(channels * (1 - Fraction(str(ratio))))
+    return dropped // width
+
+
+def _granularity(kind: str, rule: Rule) -> int:
+    return rule.round_to if kind == "mlp_channel" else 1
+
+
+def _round_dropped(count: int, dropped: int, multiple: int) -> int:
+    """Round so that the kept number is a multiple, never removing more than asked."""
+    kept = min(-(-(count - dropped) // multiple) * multiple, count)
+    return count - kept
+
+
+def _most_dropped(count: int, multiple: int) -> int:
+    """Return the most units of a layer that may go: at least one multiple stays."""
+    return max(count - multiple, 0)
+
+
+def local_counts(family: Family, config: Config, target: Target, rule: Rule) -> dict[str, int]:
+    """Return how many units of every kind each prunable layer loses under local ranking.
+
+    For a parameter target the coarse kind (kv groups) takes the whole number whose share is
+    consistent with the share of the fine kind, which is then solved for.
+
+    Raises:
+        InputError: the target cannot be reached.
+    """
+    check_reachable(family, config, target, rule)
+    layers = prunable_layers(config, target)
+    counts = {kind: family.kind(config, kind).count for kind in rule.kinds}
+    if target.kind == "groups":
+        return {
+            kind: min(
+                _round_dropped(
+                    counts[kind],
+                    group_ratio_counts(family, config, kind, target.value),
+                    _granularity(kind, rule),
+                ),
+                _most_dropped(counts[kind], _granularity(kind, rule)),
+            )
+            for kind in rule.kinds
+        }
+    if target.value == 0:
+        return dict.fromkeys(rule.kinds, 0)
+    *coarse, fine = rule.kinds
+    shapes = family.layer_shapes(config)
+    costs = {kind: family.kind(config, kind).cost(shapes) for kind in rule.kinds}
+    budget = target.value * family.parameters(config) / len(layers)
+    multiple = _granularity(fine, rule)
+    candidates = []
+    for dropped in range(counts[coarse[0]] if coarse else 1):
+        rest = budget - (dropped * costs[coarse[0]] if coarse else 0)
+        exact = rest / costs[fine]
+        fine_dropped = counts[fine] - multiple * round((counts[fine] - exact) / multiple)
+        fine_dropped = min(max(fine_dropped, 0), _most_dropped(counts[fine], multiple))
+        miss = abs(fine_dropped * costs[fine] - rest)
+        gap = 0.0
+        if coarse:
+            # The share of kv groups that a common ratio would drop: [k / K, (k + 1) / K).
+            low, high = dropped / counts[coarse[0]], (dropped + 1) / counts[coarse[0]]
+            share = fine_dropped / counts[fine]
+            gap = max(low - share, share - high, 0.0)
+        candidates.append((miss > costs[fine] * multiple, gap, dropped, fine_dropped))
+    _, _, dropped, fine_dropped = min(candidates)
+    return {**({coarse[0]: dropped} if coarse else {}), fine: fine_dropped}
+
+
+def most_removable(family: Family, config: Config, target: Target, rule: Rule) -> int:
+    """Return the number of parameters that the prunable layers can lose at the most."""
+    shapes = family.layer_shapes(config)
+    per_layer = 0
+    for name in rule.kinds:
+        kind = family.kind(config, name)
+        per_layer += kind.cost(shapes) * _most_dropped(kind.count, _granularity(name, rule))
+    return per_layer * len(prunable_layers(config, target))
+
+
+def check_reachable(family: Family, config: Config, target: Target, rule: Rule) -> None:
+    """Refuse a target that the prunable layers cannot reach.
+
+    Raises:
+        InputError: with what was asked for and the most that can be had.
+    """
+    layers = prunable_layers(config, target)
+    if rule.kinds == ("block",):
+        blocks = block_count(family, config, target)
+        if blocks >= int(config["num_hidden_layers"]):
+            raise InputError(
+                f"target {target.kind} {target.value}: would remove {blocks} of "
+                f"{config['num_hidden_layers']} blocks; at least one must stay"
+            )
+        return
+    if target.kind == "blocks":
+        raise InputError(f"target blocks: this method prunes {', '.join(rule.kinds)}, not blocks")
+    if target.kind == "parameters" and target.value > 0:
+        total = family.parameters(config)
+        most = most_removable(family, config, target, rule)
+        if target.value * total > most:
+            raise InputError(
+                f"target parameters {target.value}: layers {layers.start}..{layers.stop - 1} "
+                f"can lose at most {most / total:.4f} of all {total:,} parameters; "
+                "protect fewer layers or remove less"
+            )
+    if target.kind == "groups":
+        for name in rule.kinds:
+            count = family.kind(config, name).count
+            if group_ratio_counts(family, config, name, target.value) >= count:
+                raise InputError(
+                    f"target groups {target.value}: would remove all {count} {name} units of a "
+                    "layer; at least one must stay"
+                )
+
+
+def block_count(family: Family, config: Config, target: Target) -> int:
+    """Return the number of blocks to remove: the one nearest to the target.
+
+    A ``groups`` ratio is a share of the blocks, a ``parameters`` ratio a share of all parameters.
+    """
+    if target.kind == "blocks":
+        return int(target.value)
+    if target.kind == "groups":
+        return round(target.value * int(config["num_hidden_layers"]))
+    return round(target.value * family.parameters(config) / family.block_parameters(config))
+
+
+def select(
+    scores: Scores,
+    family: Family,
+    config: Config,
+    target: Target,
+    rule: Rule,
+    produced_by: Mapping[str, Any],
+) -> Plan:
+    """Turn scores into a plan; low scores go first, ties by layer and index.
+
+    Args:
+        scores: per kind and layer, one score per unit, float64 [units]; for blocks one array
+            [layers].
+        family: the model's family.
+        config: config.json of the unpruned model.
+        target: how much to remove.
+        rule: how units are ranked.
+        produced_by: recorded in the plan.
+
+    Raises:
+        InputError: the target cannot be reached, or scores do not fit the model.
+        NonFiniteError: a score is NaN or infinite; names kind and layer.
+    """
+    check_reachable(family, config, target, rule)
+    _check_scores(scores, family, config, rule)
+    count = int(config["num_hidden_layers"])
+    kinds = {} if rule.kinds == ("block",) else {k: family.kind(config, k) for k in rule.kinds}
+    everything = {name: tuple(range(kind.count)) for name, kind in kinds.items()}
+    kept: list[dict[str, tuple[int, ...]] | None] = [dict(everything) for _ in range(count)]
+    if rule.kinds == ("block",):
+        order = np.argsort(scores["block"][0], kind="stable")
+        for index in order[: block_count(family, config, target)]:
+            kept[int(index)] = None
+    else:
+        for (layer, kind), dropped in _dropped(scores, family, config, target, rule).items():
+            order = np.argsort(scores[kind][layer], kind="stable")
+            layer_kept = kept[layer]
+            assert layer_kept is not None
+            layer_kept[kind] = tuple(sorted(int(i) for i in order[dropped:]))
+    return Plan(
+        family=family.name,
+        model_type=str(config["model_type"]),
+        kept=tuple(kept),
+        units={name: kind.count for name, kind in kinds.items()},
+        parameters=(family.parameters(config), remaining_parameters(family, config, kept)),
+        target=asdict(target),
+        produced_by=dict(produced_by),
+    )
+
+
+def _dropped(
+    scores: Scores, family: Family, config: Config, target: Target, rule: Rule
+) -> dict[tuple[int, str], int]:
+    """Return how many of the lowest units go, by (layer, kind)."""
+    layers = prunable_layers(config, target)
+    if rule.ranking == "local":
+        counts = local_counts(family, config, target, rule)
+        return {(layer, kind): n for layer in layers for kind, n in counts.items()}
+    return _global_counts(scores, family, config, target, rule)
+
+
+def _global_counts(
+    scores: Scores, family: Family, config: Config, target: Target, rule: Rule
+) -> dict[tuple[int, str], int]:
+    """Cut one list of all units at the place that comes nearest to the target."""
+    layers = prunable_layers(config, target)
+    places = [(layer, kind) for layer in layers for kind in rule.kinds]
+    shapes = family.layer_shapes(config)
+    units = {kind: family.kind(config, kind) for kind in rule.kinds}
+    costs = {kind: unit.cost(shapes) for kind, unit in units.items()}
+    owner = np.concatenate([np.full(units[k].count, i) for i, (_, k) in enumerate(places)])
+    values = np.concatenate([scores[kind][layer] for layer, kind in places])
+    ranked = owner[np.argsort(values, kind="stable")]
+
+    def cut(length: int) -> dict[tuple[int, str], int]:
+        raw = np.bincount(ranked[:length], minlength=len(places))
+        result = {}
+        for place, number in zip(places, raw, strict=True):
+            multiple = _granularity(place[1], rule)
+            total = units[place[1]].count
+            result[place] = min(
+                _round_dropped(total, int(number), multiple), _most_dropped(total, multiple)
+            )
+        return result
+
+    if target.kind == "groups":
+        return cut(math.floor(len(ranked) * Fraction(str(target.value))))
+
+    budget = target.value * family.parameters(config)
+
+    def removed(length: int) -> float:
+        return sum(n * costs[kind] for (_, kind), n in cut(length).items())
+
+    low, high = 0, len(ranked)
+    while low < high:
+        middle = (low + high) // 2
+        if removed(middle) < budget:
+            low = middle + 1
+        else:
+            high = middle
+    return cut(
+        min((low - 1, low), key=lambda n: abs(removed(max(n, 0)) - budget) if n >= 0 else math.inf)
+    )
+
+
+def _check_scores(scores: Scores, family: Family, config: Config, rule: Rule) -> None:
+    count = int(config["num_hidden_layers"])
+    for kind in rule.kinds:
+        if kind not in scores:
+            raise InputError(f"scores: kind {kind!r} is missing; given: {', '.join(scores)}")
+        arrays = scores[kind]
+        block = kind == "block"
+        expected = (1, count) if block else (count, family.kind(config, kind).count)
+        if len(arrays) != expected[0] or any(a.shape != (expected[1],) for a in arrays):
+            raise InputError(f"scores: {kind} must be {expected[0]} arrays of {expected[1]} scores")
+        for layer, array in enumerate(arrays):
+            bad = np.flatnonzero(~np.isfinite(array))
+            if len(bad):
+                where = f"block {bad[0]}" if block else f"layer {layer}, {kind} {bad[0]}"
+                raise NonFiniteError(f"scores: {where} is {array[bad[0]]}")

@@ -1,0 +1,237 @@
+"""One backward pass: first-order products of weights and gradients, reduced layer by layer.
+
+For every parameter of every decoder layer, with ``g`` the gradient of the mean next-token loss
+over all calibration windows (LLM-Pruner, arXiv 2305.11627, section 3.2):
+
+* ``<layer>.<parameter>.abs.rows`` [rows] and ``.abs.columns`` [columns]: ``sum_k |g_k w_k|`` over
+  the other axis (element-wise first order);
+* ``<layer>.<parameter>.sum.rows`` and ``.sum.columns``: ``sum_k g_k w_k`` (vector-wise; the
+  absolute value is the criterion's).
+
+The absolute value comes after the sum over windows, so gradients of a whole layer must exist at
+once, but only of one layer: the forward pass keeps each layer's input, the backward pass goes
+through the layers from the last to the first, recomputes a layer, reduces its gradients and frees
+them. The layers nearest the loss need no recomputation: their graph is kept as far as the
+activations fit into ``GRAPH_BYTES``. The head is applied in chunks of positions.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prunelib.errors import NonFiniteError
+from prunelib.statistics.batches import batches, progress
+
+if TYPE_CHECKING:
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from prunelib.families.base import Config, Family
+
+logger = logging.getLogger(__name__)
+
+# Kept between the forward and the backward pass; more is faster, up to a third.
+GRAPH_BYTES = 512 * 1024**2
+LOGITS_BYTES = 64 * 1024**2
+
+
+def _reduce(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Reduce ``w * g`` of one parameter to row and column sums; overwrites ``gradient``."""
+    product = gradient.float().mul_(weight.detach())
+    if product.ndim == 1:
+        product = product.unsqueeze(1)
+    reduced = {f"{name}.sum.rows": product.sum(1), f"{name}.sum.columns": product.sum(0)}
+    product.abs_()
+    reduced |= {f"{name}.abs.rows": product.sum(1), f"{name}.abs.columns": product.sum(0)}
+    return {key: value.cpu() for key, value in reduced.items()}
+
+
+class _LayerRecorder:
+    """Hooks that keep every layer's input and, for the last layers, its graph.
+
+    Attributes:
+        inputs: per layer, the hidden states [batch, length, hidden] as a leaf.
+        arguments: per layer, the other keyword arguments of its call.
+        outputs: per layer whose graph is kept, the output.
+    """
+
+    def __init__(self, layers: nn.ModuleList, graph_bytes: int) -> None:
+        self.inputs: list[torch.Tensor] = []
+        self.arguments: list[dict[str, Any]] = []
+        self.outputs: dict[int, torch.Tensor] = {}
+        self.last: torch.Tensor | None = None
+        self._count = len(layers)
+        self._graph_bytes = graph_bytes
+        self._first_kept = len(layers)
+        self._saved: dict[int, int] = {}
+        self._counting: Any = None
+        self._parameters = {p.data_ptr() for p in layers.parameters()}
+        self._hooks: list[Any] = []
+        for index, layer in enumerate(layers):
+            self._hooks.append(
+                layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            )
+            self._hooks.append(layer.register_forward_hook(self._after(index)))
+
+    def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def _before(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            leaf = hidden.detach().requires_grad_()
+            self.inputs.append(leaf)
+            self.arguments.append(kwargs)
+            # The first layer is run once with its graph, to learn how much one layer keeps.
+            torch.set_grad_enabled(index == 0 or index >= self._first_kept)
+            if index == 0:
+                self._counting = torch.autograd.graph.saved_tensors_hooks(
+                    self._count_saved, lambda tensor: tensor
+                )
+                self._counting.__enter__()
+            return (leaf,), kwargs
+
+        return hook
+
+    def _after(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if index == 0:
+                self._counting.__exit__(None, None, None)
+                size = max(sum(self._saved.values()), 1)
+                self._first_kept = self._count - self._graph_bytes // size
+            if index >= max(self._first_kept, 1):
+                self.outputs[index] = output
+            if index == self._count - 1:
+                self.last = output.detach()
+                torch.set_grad_enabled(False)
+
+        return hook
+
+    def close(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+
+
+def _head_gradient(
+    model: PreTrainedModel, family: Family, hidden: torch.Tensor, ids: torch.Tensor, targets: int
+) -> tuple[torch.Tensor, float]:
+    """Return d loss / d hidden [batch, length, hidden] and this batch's share of the loss.
+
+    The loss is the next-token cross-entropy summed over this batch and divided by ``targets``,
+    the number of targets of all batches. Logits exist for one chunk of positions at a time.
+    """
+    norm, head = family.final_norm(model), model.get_output_embeddings()
+    flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
+    labels = ids[:, 1:].reshape(-1).to(hidden.device)
+    chunk = max(LOGITS_BYTES // (4 * head.weight.shape[0]), 1)
+    gradient = torch.zeros_like(flat)
+    loss = 0.0
+    for start in range(0, len(flat), chunk):
+        part = slice(start, start + chunk)
+        leaf = flat[part].detach().requires_grad_()
+        with torch.enable_grad():
+            logits = head(norm(leaf)).float()
+            share = (
+                torch.nn.functional.cross_entropy(
+                    logits, labels[part].to(logits.device), reduction="sum"
+                )
+                / targets
+            )
+            (gradient[part],) = torch.autograd.grad(share, leaf)
+        loss += share.item()
+    full = torch.zeros_like(hidden)
+    full[:, :-1] = gradient.view(hidden.shape[0], hidden.shape[1] - 1, -1)
+    return full, loss
+
+
+@contextmanager
+def _frozen(model: PreTrainedModel) -> Iterator[None]:
+    """Freeze all parameters but those of the decoder layers handled inside, then restore."""
+    before = [(p, p.requires_grad) for p in model.parameters()]
+    enabled = torch.is_grad_enabled()
+    for parameter, _ in before:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        torch.set_grad_enabled(enabled)
+        for parameter, flag in before:
+            parameter.requires_grad_(flag)
+
+
+def collect(
+    model: PreTrainedModel,
+    family: Family,
+    config: Config,
+    windows: torch.Tensor,
+    batch_windows: int,
+) -> dict[str, torch.Tensor]:
+    """Return the first-order statistics above and the mean ``loss`` [], on the CPU.
+
+    Args:
+        model: in eval mode; weights and gradients are as before afterwards.
+        family: the model's family.
+        config: config.json of the model.
+        windows: int64 [n, length] token ids.
+        batch_windows: windows per forward and backward pass; the result does not depend on it
+            beyond rounding.
+
+    Raises:
+        NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
+    """
+    layers = family.layers(model)
+    parts = list(batches(windows, batch_windows))
+    targets = windows.shape[0] * (windows.shape[1] - 1)
+    statistics: dict[str, torch.Tensor] = {}
+    with _frozen(model):
+        layers.requires_grad_(True)
+        recorders, gradients, loss = [], [], 0.0
+        for part in progress(parts, len(parts), "forward batches", logger):
+            recorder = _LayerRecorder(layers, GRAPH_BYTES // len(parts))
+            try:
+                with torch.no_grad():
+                    model.base_model(input_ids=part.to(model.device), use_cache=False)
+            finally:
+                recorder.close()
+            assert recorder.last is not None
+            gradient, share = _head_gradient(model, family, recorder.last, part, targets)
+            recorders.append(recorder)
+            gradients.append(gradient)
+            loss += share
+        if not torch.isfinite(torch.tensor(loss)):
+            raise NonFiniteError(f"gradients: the calibration loss is {loss}")
+        for index in progress(range(len(layers))[::-1], len(layers), "layers back", logger):
+            names, parameters = zip(*layers[index].named_parameters(), strict=True)
+            total: list[torch.Tensor] = []
+            for number, recorder in enumerate(recorders):
+                leaf, arguments = recorder.inputs.pop(), recorder.arguments.pop()
+                output = recorder.outputs.pop(index, None)
+                with torch.enable_grad():
+                    if output is None:
+                        output = layers[index](leaf, **arguments)
+                    output = output[0] if isinstance(output, tuple) else output
+                    upstream = gradients[number].to(output.device)
+                    found = torch.autograd.grad(output, (leaf, *parameters), upstream)
+                gradients[number] = found[0]
+                if total:
+                    torch._foreach_add_(total, found[1:])
+                else:
+                    total = list(found[1:])
+                del found, output
+            for name, parameter, gradient in zip(names, parameters, total, strict=True):
+                reduced = _reduce(f"{index}.{name}", parameter, gradient)
+                if not all(value.isfinite().all() for value in reduced.values()):
+                    raise NonFiniteError(f"gradients: layer {index}, {name} is not finite")
+                statistics |= reduced
+    statistics["loss"] = torch.tensor(loss, dtype=torch.float64)
+    return statistics

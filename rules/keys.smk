@@ -1,0 +1,52 @@
+# Content keys: every artefact lies at results/<step>/<labels>/<key>/ and is valid when its
+# provenance.json and the files that it lists are there. Inputs are ancient(): the key in the path
+# says everything, file times say nothing.
+
+TERMINAL = [node for cell in EXPERIMENT.cells for node in cell.steps.values()]
+NODES = closure(TERMINAL)
+# Half an artefact: its record is there, a file of it is not. It is put away and made again.
+BROKEN = {
+    key: Path(node.target).stat().st_mtime_ns
+    for key, node in needed(TERMINAL).items()
+    if Path(node.target).is_file()
+}
+RUN = f"{sys.executable} -P {ROOT}/workflow_scripts"
+
+
+wildcard_constraints:
+    key="[0-9a-f]{16}",
+    label=".+",
+
+
+def node_of(wildcards):
+    """The step that a key stands for in this experiment."""
+    return NODES[wildcards.key]
+
+
+def inputs_of(wildcards):
+    """The records of a step's upstream artefacts."""
+    key = wildcards.key
+    broken = [f"results/.broken/{key}-{BROKEN[key]}"] if key in BROKEN else []
+    return [
+        ancient(node.target) for node in node_of(wildcards).inputs.values()
+    ] + broken
+
+
+def request_of(wildcards):
+    """What the step is told, as JSON."""
+    return node_of(wildcards).request()
+
+
+def threads_of(wildcards):
+    """Threads of a computing step: part of the experiment, since they decide the last bits."""
+    return int(node_of(wildcards).params["threads"])
+
+
+# Newer than the broken artefact, so that its step runs; the step replaces what it finds.
+rule broken:
+    output:
+        touch("results/.broken/{key}-{time}"),
+
+
+localrules:
+    broken,

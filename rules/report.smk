@@ -1,0 +1,42 @@
+# Table, plots and page under stable names, made anew from the cells. The stamp names what they show.
+from prunelib.experiment.graph import report_key
+
+
+def report_stamp():
+    """The stamp that stands while results/report.html shows this experiment as it is now."""
+    return f"results/.report-{report_key(EXPERIMENT.report(), NODES)}"
+
+
+def report_command(*options):
+    """The command that writes the report."""
+    return " ".join(
+        (
+            f"{RUN}/report.py --experiment {str(EXPERIMENT.path)!r}",
+            f"--catalogue {str(EXPERIMENT.config)!r} --out results",
+            *options,
+        )
+    )
+
+
+rule report:
+    input:
+        [
+            ancient(node.target)
+            for cell in EXPERIMENT.cells
+            for node in cell.steps.values()
+        ],
+    output:
+        touch("results/.report-{key}"),
+    log:
+        "logs/report-{key}.log",
+    shell:
+        "rm -f results/.report-*; " + report_command("> {log} 2>&1")
+
+
+onsuccess:
+    print(f"report: {Path('results/report.html').resolve()}")
+
+
+onerror:
+    # What has finished is worth a page; it names what is missing.
+    shell(report_command("--partial || true"))

@@ -1,0 +1,111 @@
+"""Tiny random models of every supported architecture, saved as ordinary checkpoints."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+# Heads that divide the hidden size and heads that do not, grouped, multi-head and single-kv.
+TINY: dict[str, dict[str, Any]] = {
+    "llama": {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 3},
+    "llama-mha": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4},
+    "llama-bias": {
+        "model_type": "llama",
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "attention_bias": True,
+        "mlp_bias": True,
+    },
+    "llama-tied": {
+        "model_type": "llama",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+    "mistral": {
+        "model_type": "mistral",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "sliding_window": None,
+    },
+    "qwen2": {"model_type": "qwen2", "num_attention_heads": 6, "num_key_value_heads": 3},
+    "qwen2-sliding": {
+        "model_type": "qwen2",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "use_sliding_window": True,
+        "sliding_window": 8,
+        "max_window_layers": 2,
+    },
+    "qwen3": {
+        "model_type": "qwen3",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "tie_word_embeddings": True,
+    },
+}
+
+
+def tiny_config(name: str) -> dict[str, Any]:
+    return {
+        "hidden_size": 48,
+        "head_dim": 8,
+        "intermediate_size": 40,
+        "num_hidden_layers": 4,
+        "vocab_size": 97,
+        "max_position_embeddings": 64,
+        "initializer_range": 0.2,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        **TINY[name],
+    }
+
+
+def tiny_model(name: str, seed: int = 0) -> Any:
+    """A random model whose norms and biases are not the neutral ones of a fresh model."""
+    import torch
+    import transformers
+
+    settings = tiny_config(name)
+    title = settings.pop("model_type").capitalize()
+    torch.manual_seed(seed)
+    config = getattr(transformers, f"{title}Config")(**settings)
+    model = getattr(transformers, f"{title}ForCausalLM")(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.ndim == 1:
+                parameter.add_(0.3 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.fixture(scope="session")
+def tiny_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a function that saves (once) and names the tiny checkpoint of a config."""
+    made: dict[str, Path] = {}
+
+    def get(name: str) -> Path:
+        if name not in made:
+            directory = tmp_path_factory.mktemp(f"tiny-{name}")
+            tiny_model(name).save_pretrained(directory)
+            tiny_tokenizer().save_pretrained(directory)
+            made[name] = directory
+        return made[name]
+
+    return get
+
+
+def tiny_tokenizer() -> Any:
+    """A byte-level tokenizer with 97 tokens: printable ASCII and two specials."""
+    from tokenizers import Regex, Tokenizer, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    characters = ["\n", *(chr(c) for c in range(32, 126))]
+    vocabulary = {"<unk>": 0, "<s>": 1, **{c: i + 2 for i, c in enumerate(characters)}}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), behavior="isolated")
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<s>"
+    )

@@ -1,0 +1,236 @@
+"""The property that every method and family is held to.
+
+The pruned model's logits equal those of the original with the removed units zeroed, with and
+without cache, and a checkpoint gives them again wherever it is loaded.
+"""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_config, tiny_model
+
+from prunelib import checkpoint
+from prunelib.data.tokenizer import load_tokenizer
+from prunelib.families import family_of
+from prunelib.plan import Plan
+from prunelib.selection import Rule, Target, select
+from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters, zero_tensors
+
+Checkpoints = Callable[[str], Path]
+
+KINDS = {
+    "kv groups": ("kv_group",),
+    "query slots": ("query_slot",),
+    "channels": ("mlp_channel",),
+    "both": ("kv_group", "mlp_channel"),
+    "all three": ("kv_group", "query_slot", "mlp_channel"),
+}
+
+
+def random_plan(config: dict[str, Any], kinds: tuple[str, ...], *, shape: str, seed: int) -> Plan:
+    """A plan with random survivors: the same widths in all layers, different ones, or blocks."""
+    family = family_of(config)
+    rng = np.random.default_rng(seed)
+    units = {kind: family.kind(config, kind).count for kind in kinds}
+    layers = int(config["num_hidden_layers"])
+    kept: list[dict[str, tuple[int, ...]] | None] = []
+    for layer in range(layers):
+        widths = {}
+        for kind, count in units.items():
+            most = max(count - 1, 1)
+            number = max(1, count // 2) if shape == "uniform" else int(rng.integers(1, most + 1))
+            if shape == "protected" and layer in (0, layers - 1):
+                number = count
+            widths[kind] = tuple(sorted(rng.choice(count, number, replace=False).tolist()))
+        kept.append(widths)
+    if shape == "blocks":
+        kept[1] = None
+        kept = [None if k is None else {n: tuple(range(c)) for n, c in units.items()} for k in kept]
+    return Plan(
+        family.name,
+        config["model_type"],
+        tuple(kept),
+        units,
+        (family.parameters(config), remaining_parameters(family, config, kept)),
+    )
+
+
+def masked(name: str, config: dict[str, Any], plan: Plan) -> Any:
+    model = tiny_model(name)
+    family = family_of(config)
+    state = dict(zero_tensors(model.state_dict().items(), family, config, plan))
+    model.load_state_dict(state)
+    return model
+
+
+def pruned(name: str, config: dict[str, Any], plan: Plan) -> Any:
+    family = family_of(config)
+    new, _ = pruned_config(family, config, plan)
+    model = checkpoint.build_model(new, lambda model_class, parsed: model_class(parsed)).eval()
+    tensors = prune_tensors(tiny_model(name).state_dict().items(), family, config, plan)
+    model.load_state_dict(dict(tensors))
+    return model
+
+
+def relative_difference(a: torch.Tensor, b: torch.Tensor) -> float:
+    return ((a - b).abs().max() / b.abs().max()).item()
+
+
+def with_cache(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """Logits of all positions, the last ones computed token by token through the cache."""
+    out = model(ids[:, :5], use_cache=True)
+    logits = [out.logits]
+    for position in range(5, ids.shape[1]):
+        out = model(
+            ids[:, position : position + 1], past_key_values=out.past_key_values, use_cache=True
+        )
+        logits.append(out.logits)
+    return torch.cat(logits, 1)
+
+
+@pytest.mark.parametrize("shape", ["uniform", "per layer", "protected", "blocks"])
+@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
+@pytest.mark.parametrize("name", TINY)
+def test_logits_equal(name: str, kinds: tuple[str, ...], shape: str) -> None:
+    config = tiny_model(name).config.to_dict()
+    plan = random_plan(config, kinds, shape=shape, seed=7)
+    small, reference = pruned(name, config, plan), masked(name, config, plan)
+    ids = torch.randint(0, 97, (2, 16), generator=torch.Generator().manual_seed(1))
+    with torch.inference_mode():
+        expected = reference(ids).logits
+        assert relative_difference(small(ids).logits, expected) < 1e-5
+        assert relative_difference(with_cache(small, ids), expected) < 1e-5
+        padding = torch.ones_like(ids)
+        padding[0, :4] = 0
+        a = small(ids, attention_mask=padding).logits[0, 4:]
+        b = reference(ids, attention_mask=padding).logits[0, 4:]
+        assert relative_difference(a, b) < 1e-5
+    assert sum(p.numel() for p in small.parameters()) == plan.parameters[1]
+    removable = any(family_of(config).kind(config, kind).count > 1 for kind in kinds)
+    if removable or shape == "blocks":
+        dense = tiny_model(name)
+        assert relative_difference(expected, dense(ids).logits) > 1e-3, "nothing was masked"
+
+
+LOADER = """
+import sys, json, torch
+sys.modules["prunelib"] = None
+from transformers import AutoModelForCausalLM, AutoTokenizer
+answers = {}
+for directory, remote in json.loads(sys.argv[1]).items():
+    model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=remote).eval()
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.inference_mode():
+        logits = model(ids).logits
+        greedy = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
+        slow = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+    AutoTokenizer.from_pretrained(directory, trust_remote_code=remote)("words")
+    answers[directory] = [logits.contiguous().view(torch.int32).tolist(),
+                          bool((greedy == slow).all())]
+print("ANSWER" + json.dumps(answers))
+"""
+
+
+def load_in_a_fresh_interpreter(directories: dict[str, bool]) -> dict[str, Any]:
+    """Load checkpoints where prunelib cannot be imported; directory -> with remote code or not."""
+    run = subprocess.run(
+        [sys.executable, "-c", LOADER, json.dumps(directories)],
+        capture_output=True,
+        text=True,
+        cwd="/",
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    line = next(line for line in run.stdout.splitlines() if line.startswith("ANSWER"))
+    answers: dict[str, Any] = json.loads(line.removeprefix("ANSWER"))
+    return answers
+
+
+def test_loads_in_a_fresh_interpreter(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    remote, bits = {}, {}
+    ids = torch.arange(3, 19).view(2, 8)
+    for name in ("llama", "llama-bias", "mistral", "qwen2", "qwen3"):
+        for shape in ("uniform", "protected", "blocks"):
+            source, out = tiny_checkpoint(name), tmp_path / f"{name}-{shape}"
+            config = checkpoint.read_config(source)
+            plan = random_plan(config, ("kv_group", "mlp_channel"), shape=shape, seed=3)
+            checkpoint.prune_checkpoint(source, plan, out)
+            remote[str(out)] = "auto_map" in checkpoint.read_config(out)
+            assert remote[str(out)] == (shape == "protected")
+            with torch.inference_mode():
+                logits = checkpoint.load_model(out)(ids).logits
+            bits[str(out)] = [logits.contiguous().view(torch.int32).tolist(), True]
+    assert load_in_a_fresh_interpreter(remote) == bits
+
+
+def test_export_stock_pads_to_the_original_widths(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    config = checkpoint.read_config(source)
+    ids = torch.arange(3, 19).view(2, 8)
+    for number, shape in enumerate(["protected", "blocks"]):
+        plan = random_plan(config, ("kv_group", "mlp_channel"), shape=shape, seed=5)
+        small, stock = tmp_path / f"small{number}", tmp_path / f"stock{number}"
+        checkpoint.prune_checkpoint(source, plan, small)
+        checkpoint.export_stock(small, config, stock)
+        assert "auto_map" not in checkpoint.read_config(stock)
+        padded = checkpoint.load_model(stock)
+        assert sum(p.numel() for p in padded.parameters()) == plan.parameters[0]
+        with torch.inference_mode():
+            a, b = padded(ids).logits, checkpoint.load_model(small)(ids).logits
+        assert relative_difference(a, b) < 1e-5
+
+
+def test_pruning_nothing_is_bit_equal(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    source = tiny_checkpoint("llama")
+    config = checkpoint.read_config(source)
+    family = family_of(config)
+    rule = Rule(("kv_group", "mlp_channel"))
+    scores = {
+        kind: [np.arange(family.kind(config, kind).count, dtype=float)] * 4 for kind in rule.kinds
+    }
+    plan = select(scores, family, config, Target("parameters", 0.0), rule, {})
+    checkpoint.prune_checkpoint(source, plan, tmp_path)
+    assert checkpoint.read_config(tmp_path) == config
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.inference_mode():
+        a = checkpoint.load_model(tmp_path)(ids).logits
+        b = checkpoint.load_model(source)(ids).logits
+    assert torch.equal(a, b)
+
+
+def test_hostile_files_beside_weights_are_never_executed(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    config = checkpoint.read_config(source)
+    plan = random_plan(config, ("kv_group", "mlp_channel"), shape="protected", seed=3)
+    checkpoint.prune_checkpoint(source, plan, tmp_path)
+    trap = tmp_path / "sprung"
+    (tmp_path / "modeling_pruned_llama.py").write_text(f"open({str(trap)!r}, 'w')\n")
+    # A pickle that would run code on load; .bin files are not even opened.
+    (tmp_path / "pytorch_model.bin").write_bytes(
+        b"cos\nsystem\n(S'touch " + str(trap).encode() + b"'\ntR."
+    )
+    model = checkpoint.load_model(tmp_path)
+    assert type(model).__module__.startswith("prunelib.")
+    load_tokenizer(tmp_path)
+    assert not trap.exists()
+
+
+def test_tiny_config_is_what_was_asked_for() -> None:
+    for name in TINY:
+        config = tiny_config(name)
+        assert family_of(config).parameters(config) == sum(
+            p.numel() for p in tiny_model(name).parameters()
+        )

@@ -1,0 +1,263 @@
+"""Statistic passes and criteria against plain autograd, plain hooks and hand-computed numbers."""
+
+from __future__ import annotations
+
+import hashlib
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from conftest import TINY, tiny_config, tiny_model
+
+from prunelib.criteria.fold import fold, sum_over_members
+from prunelib.criteria.magnitude import magnitude
+from prunelib.criteria.wanda import wanda_columns
+from prunelib.errors import InputError, NonFiniteError
+from prunelib.families import family_of
+from prunelib.methods import create
+from prunelib.methods.base import ScoringInputs
+from prunelib.statistics import activations, gradients
+
+WINDOWS = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(3))
+
+
+def weights_hash(model: Any) -> str:
+    digest = hashlib.sha256()
+    for tensor in model.state_dict().values():
+        digest.update(tensor.contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+@pytest.mark.parametrize(("batch", "graph_bytes"), [(6, 0), (6, 1 << 29), (2, 0), (4, 100_000)])
+@pytest.mark.parametrize("name", TINY)
+def test_gradients_equal_plain_autograd(
+    name: str, batch: int, graph_bytes: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gradients, "GRAPH_BYTES", graph_bytes)
+    monkeypatch.setattr(gradients, "LOGITS_BYTES", 97 * 4 * 7)
+    config, model = tiny_config(name), tiny_model(name)
+    layers = family_of(config).layers(model)
+    before = weights_hash(model)
+    found = gradients.collect(model, family_of(config), config, WINDOWS, batch)
+    assert weights_hash(model) == before
+    assert all(p.requires_grad and p.grad is None for p in model.parameters())
+
+    loss = model(WINDOWS, labels=WINDOWS).loss
+    expected = torch.autograd.grad(loss, list(layers.parameters()))
+    assert found["loss"].item() == pytest.approx(loss.item(), rel=1e-6)
+    for (parameter_name, weight), gradient in zip(layers.named_parameters(), expected, strict=True):
+        product = (weight * gradient).detach().double()
+        product = product if product.ndim == 2 else product[:, None]
+        for key, value in {
+            "abs.rows": product.abs().sum(1),
+            "abs.columns": product.abs().sum(0),
+            "sum.rows": product.sum(1),
+            "sum.columns": product.sum(0),
+        }.items():
+            scale = product.abs().sum().item()
+            difference = (found[f"{parameter_name}.{key}"] - value).abs().max().item()
+            assert difference < 1e-5 * scale, (parameter_name, key)
+
+
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-bias", "qwen2", "qwen3"])
+def test_value_rows_and_output_columns_agree_per_kv_group(name: str) -> None:
+    """An identity that needs no reference: scaling v up and o down changes nothing.
+
+    For every kv head the sum of w g over its v rows equals the sum of w g over the o columns of
+    its query heads, and no other assignment of query heads to kv heads satisfies it.
+    """
+    config, model = tiny_config(name), tiny_model(name)
+    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    groups, heads, width = config["num_key_value_heads"], config["num_attention_heads"], 8
+    for layer in range(4):
+        rows = found[f"{layer}.self_attn.v_proj.weight.sum.rows"]
+        if f"{layer}.self_attn.v_proj.bias.sum.rows" in found:
+            rows = rows + found[f"{layer}.self_attn.v_proj.bias.sum.rows"]
+        columns = found[f"{layer}.self_attn.o_proj.weight.sum.columns"].double().numpy()
+        value = rows.double().view(groups, width).sum(1).numpy()
+        kind = family_of(config).kind(config, "kv_group")
+        (part,) = (part for part in kind.slices if "o_proj" in part.parameter)
+        right = fold(columns, part.owner, groups)
+        assert right == pytest.approx(value, abs=2e-6 + 2e-4 * np.abs(value).max())
+        if heads > groups > 1:
+            wrong = fold(columns, np.arange(heads * width) // width % groups, groups)
+            assert np.abs(wrong - value).max() > 20 * np.abs(right - value).max()
+
+
+def test_activations_equal_plain_hooks() -> None:
+    config, model = tiny_config("llama"), tiny_model("llama")
+    found = activations.collect(model, family_of(config), config, WINDOWS, 4)
+    captured = {}
+    down = model.model.layers[2].mlp.down_proj
+    handle = down.register_forward_pre_hook(lambda m, args: captured.update(x=args[0]))
+    with torch.inference_mode():
+        out = model(WINDOWS, output_hidden_states=True)
+    handle.remove()
+    expected = captured["x"].double().square().sum((0, 1))
+    assert torch.allclose(found["2.mlp.down_proj.sum_squares"], expected, rtol=1e-6)
+    # The hidden states before the last one are block inputs; the last one has the final norm on it.
+    states = [state.double() for state in out.hidden_states[:-1]]
+    for block in range(3):
+        cosine = torch.nn.functional.cosine_similarity(states[block], states[block + 1], dim=-1)
+        expected_influence = 1 - cosine.mean().item()
+        assert found["block_influence"][block].item() == pytest.approx(expected_influence, abs=1e-6)
+    assert found["tokens"].item() == WINDOWS.numel()
+
+
+def test_an_identity_block_has_no_influence() -> None:
+    config, model = tiny_config("llama"), tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[1].self_attn.o_proj.weight.zero_()
+        model.model.layers[1].mlp.down_proj.weight.zero_()
+    found = activations.collect(model, family_of(config), config, WINDOWS, 6)["block_influence"]
+    assert abs(found[1].item()) < 1e-6
+    assert found.argmin().item() == 1
+
+
+def test_a_non_finite_pass_names_the_layer() -> None:
+    config, model = tiny_config("llama"), tiny_model("llama")
+    with torch.no_grad():
+        model.model.layers[2].mlp.up_proj.weight[0, 0] = float("inf")
+    with pytest.raises(NonFiniteError, match=r"2\.mlp\.down_proj"):
+        activations.collect(model, family_of(config), config, WINDOWS, 6)
+    with pytest.raises(NonFiniteError, match="loss is nan"):
+        gradients.collect(model, family_of(config), config, WINDOWS, 6)
+
+
+# ------------------------------------------------------------ criteria, by hand
+
+
+def test_magnitude_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    assert magnitude(weight, 0, 1).tolist() == [3, 7]
+    assert magnitude(weight, 0, 2).tolist() == [5, 25]
+    assert magnitude(weight, 1, 1).tolist() == [4, 6]
+    assert magnitude(weight, 1, 2).tolist() == [10, 20]
+    assert magnitude(torch.tensor([2.0, -3.0]), 0, 2).tolist() == [4, 9]
+
+
+def test_wanda_by_hand() -> None:
+    weight = torch.tensor([[1.0, -2.0], [3.0, -4.0]])
+    norm = torch.tensor([9.0, 16.0]).sqrt()
+    assert wanda_columns(weight, norm).tolist() == [(1 + 3) / 2 * 3, (2 + 4) / 2 * 4]
+
+
+def test_fold_assigns_contiguous_query_heads() -> None:
+    # Four heads of width 1 on two kv heads: importance only in heads 0 and 1 is group 0's alone.
+    config = tiny_config("llama-mha") | {"num_key_value_heads": 2, "head_dim": 1}
+    kind = family_of(config).kind(config, "kv_group")
+    (part,) = (part for part in kind.slices if "o_proj" in part.parameter)
+    assert fold(np.array([5.0, 7.0, 0.0, 0.0]), part.owner, 2).tolist() == [12, 0]
+
+
+def two_layer_inputs(statistics: dict[str, dict[str, torch.Tensor]]) -> tuple[Any, dict[str, Any]]:
+    """One layer, hidden size 2, two heads of width 1 on one or two kv heads, two channels."""
+    config = {
+        "model_type": "llama",
+        "hidden_size": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 2,
+        "head_dim": 1,
+        "intermediate_size": 2,
+        "num_hidden_layers": 1,
+        "vocab_size": 3,
+    }
+    weights = {
+        "self_attn.q_proj": [[1.0, 0.0], [0.0, 2.0]],
+        "self_attn.k_proj": [[1.0, 1.0], [1.0, 0.0]],
+        "self_attn.v_proj": [[0.0, 3.0], [1.0, 1.0]],
+        "self_attn.o_proj": [[1.0, -1.0], [2.0, 0.0]],
+        "mlp.gate_proj": [[1.0, -1.0], [0.0, 1.0]],
+        "mlp.up_proj": [[2.0, 0.0], [1.0, 1.0]],
+        "mlp.down_proj": [[1.0, 4.0], [-1.0, 0.0]],
+    }
+    inputs = ScoringInputs(
+        family=family_of(config),
+        config=config,
+        weight=lambda name: torch.tensor(
+            weights[name.removeprefix("model.layers.0.").removesuffix(".weight")]
+        ),
+        statistics=statistics,
+        seed=0,
+    )
+    return inputs, weights
+
+
+def test_magnitude_method_by_hand() -> None:
+    inputs, _ = two_layer_inputs({})
+    scores = create("magnitude", {"order": 2}).scores(inputs)
+    # Head 0: q 1, k 2, v 9, o column 1+4; head 1: q 4, k 1, v 2, o column 1.
+    assert scores["kv_group"][0].tolist() == [17, 8]
+    # Channel 0: gate 2, up 4, down column 2; channel 1: gate 1, up 2, down column 16.
+    assert scores["mlp_channel"][0].tolist() == [8, 19]
+    scores = create("magnitude", {"order": 1}).scores(inputs)
+    assert scores["kv_group"][0].tolist() == [1 + 2 + 3 + 3, 2 + 1 + 2 + 1]
+
+
+def test_wanda_sp_method_by_hand() -> None:
+    squares = {
+        "0.self_attn.o_proj.sum_squares": torch.tensor([4.0, 9.0]),
+        "0.mlp.down_proj.sum_squares": torch.tensor([1.0, 0.25]),
+    }
+    inputs, _ = two_layer_inputs({"activations": squares})
+    scores = create("wanda_sp", {}).scores(inputs)
+    assert scores["kv_group"][0].tolist() == [1.5 * 2, 0.5 * 3]
+    assert scores["mlp_channel"][0].tolist() == [1.0 * 1, 2.0 * 0.5]
+
+
+def test_llm_pruner_method_by_hand() -> None:
+    products = {}
+    for number, name in enumerate(
+        ["self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.gate_proj", "mlp.up_proj"]
+    ):
+        products[f"0.{name}.weight.abs.rows"] = torch.tensor([1.0 + number, 10.0 + number])
+    products["0.self_attn.o_proj.weight.abs.columns"] = torch.tensor([100.0, 200.0])
+    products["0.mlp.down_proj.weight.abs.columns"] = torch.tensor([300.0, 400.0])
+    inputs, _ = two_layer_inputs({"gradients": products})
+    scores = create("llm_pruner", {}).scores(inputs)
+    assert scores["kv_group"][0].tolist() == [1 + 2 + 3 + 100, 10 + 11 + 12 + 200]
+    assert scores["mlp_channel"][0].tolist() == [4 + 5 + 300, 13 + 14 + 400]
+
+
+def test_random_depends_on_the_seed_alone() -> None:
+    config = tiny_config("llama")
+
+    def scores(seed: int) -> Any:
+        inputs = ScoringInputs(family_of(config), config, torch.zeros, {}, seed)
+        return create("random", {}).scores(inputs)
+
+    a, b, other = scores(1), scores(1), scores(2)
+    assert all((x == y).all() for x, y in zip(a["mlp_channel"], b["mlp_channel"], strict=True))
+    assert (a["mlp_channel"][0] != other["mlp_channel"][0]).any()
+    assert (a["mlp_channel"][0] != a["mlp_channel"][1]).any()
+
+
+def test_sum_over_members_covers_every_slice() -> None:
+    config = tiny_config("llama-bias")
+    kind = family_of(config).kind(config, "mlp_channel")
+    names = sorted(part.parameter for part in kind.slices)
+    assert names == [
+        "mlp.down_proj.weight",
+        "mlp.gate_proj.bias",
+        "mlp.gate_proj.weight",
+        "mlp.up_proj.bias",
+        "mlp.up_proj.weight",
+    ]
+    assert (sum_over_members(kind, lambda part: np.ones(len(part.owner))) == 5).all()
+
+
+@pytest.mark.parametrize(
+    ("name", "parameters", "message"),
+    [
+        ("nothing", {}, "method 'nothing' is unknown; known: llm_pruner, magnitude"),
+        ("magnitude", {"order": 3}, "1 and 2 allowed"),
+        ("magnitude", {"power": 2}, "unknown hyper-parameter power"),
+        ("llm_pruner", {"criterion": "best"}, "allowed: element1"),
+        ("random", {"ranking": "sideways"}, "allowed: local, global"),
+        ("random", {"round_to": 0}, "from 1"),
+    ],
+)
+def test_bad_methods_are_refused(name: str, parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create(name, parameters)

@@ -1,0 +1,43 @@
+"""Measure size, work, speed and memory of a checkpoint.
+
+Parameters: ``batch``, ``length``, ``new_tokens``, ``warmup``, ``repeats``, ``hardware_class`` (the
+name under which figures may share a column), ``device``, ``dtype``, ``threads`` (null for torch's
+default). Inputs: ``checkpoint``, and ``adapter`` where there is one.
+"""
+
+import json
+from pathlib import Path
+
+from prunelib.data.parameters import required
+from prunelib.provenance.step import StepRequest, run_step
+
+
+def main(request: StepRequest, out: Path) -> None:
+    """Write ``metrics.json``."""
+    import torch
+
+    from prunelib.device import hardware, resolve_dtype
+    from prunelib.evaluation.efficiency import EfficiencySettings, measure_efficiency
+    from prunelib.recovery.adapters import load_recovered
+
+    params, inputs = request.params, request.inputs
+    device, dtype, hardware_class = (
+        required(params, key, str, request.step) for key in ("device", "dtype", "hardware_class")
+    )
+    names = ("batch", "length", "new_tokens", "warmup", "repeats")
+    settings = EfficiencySettings(
+        **{name: required(params, name, int, request.step) for name in names}
+    )
+    if params.get("threads") is not None:
+        torch.set_num_threads(required(params, "threads", int, request.step))
+    model = load_recovered(inputs["checkpoint"], inputs.get("adapter"), device=device, dtype=dtype)
+    metrics = measure_efficiency(model, settings, dtype=resolve_dtype(dtype)) | {
+        "hardware": hardware(model.device),
+        "hardware_class": hardware_class,
+        "dtype": dtype,
+    }
+    (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    run_step(main)

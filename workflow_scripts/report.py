@@ -1,0 +1,40 @@
+"""Write the report of an experiment: benchmark.csv, summary.json, plots and report.html.
+
+Not a keyed step: the files are made anew from the artefacts each time and are never merged.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from prunelib.errors import PrunelibError
+from prunelib.experiment.experiment import Experiment
+from prunelib.reporting.build import build
+
+PUBLISHED = Path(__file__).resolve().parents[1] / "config" / "published"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Write the report and print the path of its page; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
+    parser.add_argument("--catalogue", type=Path, required=True, help="the catalogues' directory")
+    parser.add_argument("--out", type=Path, required=True, help="directory of the report")
+    parser.add_argument(
+        "--partial", action="store_true", help="report the finished cells, name the missing ones"
+    )
+    options = parser.parse_args(arguments)
+    try:
+        description = Experiment.load(options.experiment, options.catalogue).report()
+        path = build(description, options.out, published=PUBLISHED, partial=options.partial)
+    except PrunelibError as error:
+        print(f"report: {error}", file=sys.stderr)
+        return error.exit_code
+    print(path)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
