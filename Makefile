@@ -7,7 +7,7 @@ EXPERIMENT ?= config/experiments/quickstart.yaml
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv benchmark test test-all test-gpu lint format lock pin clean
+.PHONY: help venv benchmark test test-all test-long test-gpu lint format lock pin clean
 
 help:
 	@echo "make benchmark  run $(EXPERIMENT) and name the report (EXPERIMENT=..., CORES=...)"
@@ -41,7 +41,7 @@ test-long: $(READY)
 	$(BIN)/python -m pytest -m "long and not gpu"
 
 test-gpu: $(READY)
-	$(BIN)/python -m pytest -m gpu
+	$(BIN)/python -m pytest -m gpu -r fE
 
 lint: $(READY)
 	$(BIN)/ruff check .

@@ -34,7 +34,8 @@ rule report:
 
 
 onsuccess:
-    print(f"report: {Path('results/report.html').resolve()}")
+    if Path(report_stamp()).exists():
+        print(f"report: {Path('results/report.html').resolve()}")
 
 
 onerror:

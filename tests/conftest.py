@@ -109,3 +109,13 @@ def tiny_tokenizer() -> Any:
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="<s>"
     )
+
+
+def pytest_terminal_summary(terminalreporter: Any) -> None:
+    """Say in one line which GPU checks could not run here."""
+    missed = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
+    if missed:
+        names = sorted({report.nodeid.partition("::")[2].partition("[")[0] for report in missed})
+        terminalreporter.write_line(
+            f"not run for want of GPUs: {len(missed)} checks ({', '.join(names)})"
+        )

@@ -43,7 +43,7 @@ class Cell:
         target: what was to be removed; None for unpruned models.
         seed: None where nothing random is involved.
         recovery: catalogue name of the recovery, or ``none``.
-        steps: the cell's nodes by name: prune, recovery, perplexity, tasks, efficiency.
+        steps: the cell's nodes by name: prune, recovery, merged, perplexity, tasks, efficiency.
     """
 
     model: str
@@ -423,6 +423,10 @@ class Experiment:
             assert seed is not None
             adapter = self._recover(checkpoint, labels, recovery, seed)
             steps["recovery"] = adapter
+            if self.data.get("merge", False):
+                pair = {"checkpoint": checkpoint, "adapter": adapter}
+                modules = (self._family(model),)
+                steps["merged"] = Node("merge", (*labels, recovery), {}, pair, modules)
         steps |= self._evaluations(checkpoint, adapter, (*labels, recovery), efficiency)
         return Cell(model, method, control, target, seed, recovery, steps)
 

@@ -1,0 +1,188 @@
+"""Experiment files: what is refused, and which keys a change moves."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from tiny_project import CATALOGUES, EXPERIMENT, ROOT, make_project, write_experiment
+
+from prunelib.errors import InputError
+from prunelib.experiment.experiment import Experiment
+from prunelib.experiment.graph import closure
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    directory = tmp_path_factory.mktemp("experiment")
+    make_project(directory)
+    return directory
+
+
+@pytest.fixture
+def project(made: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    shutil.copytree(made, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def load(**changes: Any) -> Experiment:
+    content = copy.deepcopy(EXPERIMENT) | changes
+    return Experiment.load(write_experiment(Path(), content), Path("catalogue"))
+
+
+def keys(experiment: Experiment) -> set[str]:
+    return set(closure(n for cell in experiment.cells for n in cell.steps.values()))
+
+
+def edit(catalogue: str, change: Callable[[dict[str, Any]], None]) -> None:
+    entries = copy.deepcopy(CATALOGUES[catalogue])
+    change(entries)
+    Path("catalogue", f"{catalogue}.yaml").write_text(yaml.safe_dump(entries))
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"methods": ["element1", "gone"]}, "methods 'gone' is not in the catalogue; known: "),
+        ({"colour": "red"}, "'colour' was unexpected.*allowed keys: baseline"),
+        (
+            {"targets": [{"parameters": 1.5}]},
+            r"targets\[0\]\.parameters: 1\.5 .*um 1",
+        ),
+        ({"targets": [{"parameters": 0.5, "groups": 0.5}]}, r"targets\[0\]"),
+        (
+            {"targets": [{"parameters": 0.5, "protect": {"first": 2, "last": 1}}]},
+            "can lose at most",
+        ),
+        ({"targets": [{"groups": 0.3, "protect": {"first": 4}}]}, "cover all 4 layers"),
+        ({"baseline": "shortgpt"}, "baseline: 'shortgpt' is not one of the methods"),
+        ({"models": ["../etc"]}, r"models\[0\]"),
+        ({"methods": ["<script>"]}, r"methods\[0\]"),
+        ({"methods": ["a; rm -rf x"]}, r"methods\[0\]"),
+        ({"seeds": []}, "seeds"),
+        ({"seeds": [1, 1]}, "seeds"),
+        ({"compute": EXPERIMENT["compute"] | {"dtype": "float16"}}, "compute.dtype: 'float16'"),
+    ],
+)
+def test_bad_experiments_are_refused_in_one_line(
+    project: Path, changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(InputError, match=message) as refusal:
+        load(**changes).cells  # noqa: B018
+    assert "\n" not in str(refusal.value)
+    assert "experiment.yaml" in str(refusal.value)
+
+
+def test_repeated_keys_and_object_tags_are_refused(project: Path) -> None:
+    path = Path("experiment.yaml")
+    path.write_text("name: a\nname: b\n")
+    with pytest.raises(InputError, match="'name' is given twice"):
+        Experiment.load(path, Path("catalogue"))
+    path.write_text("name: !!python/object/apply:os.system ['touch sprung']\n")
+    with pytest.raises(InputError, match="could not determine a constructor"):
+        Experiment.load(path, Path("catalogue"))
+    assert not Path("sprung").exists()
+
+
+def test_a_missing_model_directory_is_refused(project: Path) -> None:
+    shutil.rmtree("tiny")
+    with pytest.raises(InputError, match="tiny: model directory tiny does not exist"):
+        load().cells  # noqa: B018
+
+
+def test_an_unknown_architecture_is_refused(project: Path) -> None:
+    path = Path("tiny/config.json")
+    path.write_text(path.read_text().replace('"llama"', '"mamba"'))
+    with pytest.raises(InputError, match="architecture 'mamba' is not supported; supported"):
+        load().cells  # noqa: B018
+
+
+def test_unpinned_revisions_plan_but_do_not_run(project: Path) -> None:
+    geometry = ROOT / "config" / "models" / "tinyllama-1.1b.json"
+    edit(
+        "models",
+        lambda e: e.update(
+            hub={
+                "source": "hf:TinyLlama/TinyLlama@unpinned",
+                "geometry": str(geometry),
+                "licence": "Apache-2.0",
+            }
+        ),
+    )
+    experiment = load(models=["hub"])
+    assert experiment.cells
+    (problem,) = experiment.preflight()
+    assert "make pin" in problem
+
+
+def test_the_catalogue_of_the_project_is_valid() -> None:
+    for path in sorted((ROOT / "config" / "experiments").glob("*.yaml")):
+        experiment = Experiment.load(path, ROOT / "config")
+        assert len({cell.id for cell in experiment.cells}) == len(experiment.cells)
+
+
+def test_controls_are_rows(project: Path) -> None:
+    controls = [cell.control for cell in load().cells]
+    for control in ("dense", "random", "prune_zero", "recovery_only"):
+        assert control in controls
+
+
+def test_methods_without_randomness_are_pruned_once(project: Path) -> None:
+    cells = load(methods=["magnitude_l2", "element1"], seeds=[0, 1, 2]).cells
+    untuned = [c for c in cells if c.method == "magnitude_l2" and c.recovery == "none"]
+    tuned = [c for c in cells if c.method == "magnitude_l2" and c.recovery == "lora"]
+    assert [c.seed for c in untuned] == [None]
+    assert [c.seed for c in tuned] == [0, 1, 2]
+    assert len({c.steps["prune"].key for c in tuned}) == 1
+    assert len({c.steps["recovery"].key for c in tuned}) == 3
+
+
+def test_order_and_unrelated_entries_move_no_key(project: Path) -> None:
+    before = keys(load(methods=["random", "element1", "shortgpt"]))
+    assert keys(load(methods=["shortgpt", "element1", "random"], description="other")) == before
+    edit("methods", lambda e: e.update(another={"method": "magnitude"}))
+    edit("models", lambda e: e["tiny"].update(citation="@misc{x}"))
+    assert keys(load(methods=["random", "element1", "shortgpt"])) == before
+
+
+def test_one_method_s_parameter_moves_its_keys_alone(project: Path) -> None:
+    names = ["random", "magnitude_l2", "element1"]
+    before = {c.id: c.steps["perplexity"].key for c in load(methods=names).cells}
+    edit("methods", lambda e: e["magnitude_l2"].update(parameters={"order": 1}))
+    after = {c.id: c.steps["perplexity"].key for c in load(methods=names).cells}
+    moved = {cell for cell, key in before.items() if after[cell] != key}
+    assert moved == {cell for cell in before if "magnitude_l2" in cell}
+
+
+def test_selection_settings_share_scores(project: Path) -> None:
+    edit(
+        "methods",
+        lambda e: e.update(
+            element1_global={"method": "llm_pruner", "parameters": {"ranking": "global"}}
+        ),
+    )
+    experiment = load(methods=["element1", "element1_global"])
+    by_method = {c.method: c.steps["prune"] for c in experiment.cells if "prune" in c.steps}
+    a, b = by_method["element1"], by_method["element1_global"]
+    assert a.key != b.key
+    assert a.inputs["scores"].key == b.inputs["scores"].key
+
+
+def test_planning_does_not_import_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from pathlib import Path;"
+        "from prunelib.experiment.experiment import Experiment;"
+        f"e = Experiment.load(Path({str(ROOT / 'config/experiments/quickstart.yaml')!r}),"
+        f" Path({str(ROOT / 'config')!r})); e.cells;"
+        "assert not {'torch', 'transformers', 'pandas'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=ROOT)

@@ -1,0 +1,115 @@
+"""The embedded real model: fetched, scored, pruned, loaded elsewhere."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from test_pruned_equals_masked import load_in_a_fresh_interpreter, relative_difference
+from tiny_project import ROOT
+
+from prunelib import checkpoint
+from prunelib.data.calibration import sample_windows, tokenise
+from prunelib.data.text import SPLITS, read_articles
+from prunelib.data.tokenizer import load_tokenizer
+from prunelib.experiment.experiment import Experiment
+from prunelib.families import family_of
+from prunelib.methods import create
+from prunelib.methods.base import ScoringInputs
+from prunelib.selection import Target, select
+from prunelib.statistics import activations, gradients
+from prunelib.surgery import zero_tensors
+
+pytestmark = pytest.mark.real
+IDS = torch.arange(1000, 1032).view(2, 16)
+
+
+@pytest.fixture(scope="session")
+def fetched() -> tuple[Path, Path]:
+    """The model and text of the quickstart, fetched by the workflow itself."""
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", "--until"]
+    run = subprocess.run(
+        [*command, "fetch_model", "fetch_text"],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    path = ROOT / "config" / "experiments" / "quickstart.yaml"
+    (dense, *_) = Experiment.load(path, ROOT / "config").cells
+    inputs = dense.steps["perplexity"].inputs
+    return ROOT / inputs["checkpoint"].directory, ROOT / inputs["text"].directory
+
+
+@pytest.fixture(scope="session")
+def scored(fetched: tuple[Path, Path]) -> dict[str, dict[str, torch.Tensor]]:
+    """Both statistic passes over a very small calibration set."""
+    model, text = fetched
+    tokens = tokenise(read_articles(text, "calibration"), load_tokenizer(model))
+    windows = torch.from_numpy(sample_windows(tokens, 2, 48, 0)[0])
+    config = checkpoint.read_config(model)
+    network = checkpoint.load_model(model)
+    arguments: Any = (network, family_of(config), config, windows, 2)
+    return {
+        "activations": activations.collect(*arguments),
+        "gradients": gradients.collect(*arguments),
+    }
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        "llm_pruner",
+        *(
+            pytest.param(name, marks=pytest.mark.long)
+            for name in ("random", "magnitude", "wanda_sp", "shortgpt")
+        ),
+    ],
+)
+def test_pruned_equals_masked_here_and_elsewhere(
+    method: str,
+    fetched: tuple[Path, Path],
+    scored: dict[str, dict[str, torch.Tensor]],
+    tmp_path: Path,
+) -> None:
+    model, _ = fetched
+    config = checkpoint.read_config(model)
+    family, chosen = family_of(config), create(method, {})
+    passes = {name: scored[name] for name in chosen.statistics}
+    reader = checkpoint.WeightReader(model)
+    scores = chosen.scores(ScoringInputs(family, config, reader, passes, 0))
+    target = Target("parameters", 0.2, 4, 4)
+    plan = select(scores, family, config, target, chosen.rule(), {"method": method})
+    nearest_block = family.block_parameters(config) / family.parameters(config)
+    assert plan.removed_ratio == pytest.approx(0.2, abs=nearest_block / 2)
+    checkpoint.prune_checkpoint(model, plan, tmp_path)
+    small = checkpoint.load_model(tmp_path)
+    assert sum(p.numel() for p in small.parameters()) == plan.parameters[1]
+    with torch.inference_mode():
+        logits = small(torch.arange(3, 19).view(2, 8)).logits
+        found = small(IDS).logits
+    bits = logits.contiguous().view(torch.int32).tolist()
+    masked = checkpoint.load_model(model)
+    state = dict(zero_tensors(checkpoint.read_tensors(model), family, config, plan))
+    masked.load_state_dict(state, strict=False)
+    with torch.inference_mode():
+        assert relative_difference(found, masked(IDS).logits) < 1e-4
+    remote = "auto_map" in checkpoint.read_config(tmp_path)
+    assert remote == (method != "shortgpt")
+    # A fresh interpreter without this library; torch uses as many threads there as here.
+    assert load_in_a_fresh_interpreter({str(tmp_path): remote})[str(tmp_path)] == [bits, True]
+
+
+def test_articles_are_disjoint(fetched: tuple[Path, Path]) -> None:
+    _, text = fetched
+    parts = {name: read_articles(text, name) for name in SPLITS}
+    assert all(parts.values())
+    titles = [article.title for part in parts.values() for article in part]
+    texts = [article.text for part in parts.values() for article in part]
+    assert len(titles) == len(set(titles)) == 89
+    assert len(texts) == len(set(texts))
