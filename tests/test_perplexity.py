@@ -237,6 +237,8 @@ def test_bad_input_is_refused(windows: torch.Tensor) -> None:
 def test_windows_do_not_overlap_and_the_tail_is_dropped() -> None:
     assert cut_windows(range(11), 4).tolist() == [[0, 1, 2, 3], [4, 5, 6, 7]]
     assert cut_windows(range(11), 4, 1).tolist() == [[0, 1, 2, 3]]
+    # A limit takes windows from the whole text.
+    assert cut_windows(range(18), 4, 2).tolist() == [[0, 1, 2, 3], [8, 9, 10, 11]]
     for ids, window, limit in ((range(3), 4, None), (range(9), 1, None), (range(9), 4, 0)):
         with pytest.raises(InputError):
             cut_windows(ids, window, limit)

@@ -164,11 +164,15 @@ def test_loads_in_a_fresh_interpreter(tiny_checkpoint: Checkpoints, tmp_path: Pa
             config = checkpoint.read_config(source)
             plan = random_plan(config, ("kv_group", "mlp_channel"), shape=shape, seed=3)
             checkpoint.prune_checkpoint(source, plan, out)
+            stock = tmp_path / f"{name}-{shape}-stock"
+            checkpoint.export_stock(out, config, stock)
             remote[str(out)] = "auto_map" in checkpoint.read_config(out)
+            remote[str(stock)] = False
             assert remote[str(out)] == (shape == "protected")
-            with torch.inference_mode():
-                logits = checkpoint.load_model(out)(ids).logits
-            bits[str(out)] = [logits.contiguous().view(torch.int32).tolist(), True]
+            for directory in (out, stock):
+                with torch.inference_mode():
+                    logits = checkpoint.load_model(directory)(ids).logits
+                bits[str(directory)] = [logits.contiguous().view(torch.int32).tolist(), True]
     assert load_in_a_fresh_interpreter(remote) == bits
 
 

@@ -330,6 +330,63 @@ def test_a_bad_experiment_ends_before_anything_runs(project: Path) -> None:
 
 
 @pytest.mark.long
+def test_no_network_is_needed_once_sources_are_there(project: Path) -> None:
+    shutil.rmtree(project / "results" / "perplexity")
+    # A network namespace without interfaces; it needs the rights to make one.
+    alone = ["unshare", "--user", "--map-root-user", "--net"]
+    if subprocess.run([*alone, "true"], check=False).returncode:
+        pytest.skip("network namespaces cannot be made here: the run without network was not tried")
+    run = subprocess.run(
+        [*alone, *snakemake_command()], cwd=project, capture_output=True, text=True, check=False
+    )
+    assert run.returncode == 0, run.stderr[-3000:]
+    assert len(rows(project)) == 7
+
+
+@pytest.mark.long
+def test_a_step_s_refusal_is_one_line_and_loses_nothing(project: Path) -> None:
+    before = records(project)
+    sets = copy.deepcopy(CATALOGUES["calibration"])
+    sets["huge"] = {"text": "made-up", "windows": 10_000, "length": 64}
+    (project / "catalogue" / "calibration.yaml").write_text(yaml.safe_dump(sets))
+    write_experiment(project, EXPERIMENT | {"calibration": "huge"})
+    run = snakemake(project)
+    assert run.returncode != 0
+    (line,) = {line for line in run.stderr.splitlines() if line.startswith("error: calibration: ")}
+    assert "10000" in line.replace(",", "")
+    assert records(project) == before
+
+
+@pytest.mark.long
+def test_what_cannot_be_fetched_is_named_before_any_work(project: Path) -> None:
+    models = copy.deepcopy(CATALOGUES["models"])
+    geometry = str(ROOT / "config" / "models" / "tinyllama-1.1b.json")
+    models["hub"] = {
+        "source": "hf:TinyLlama/TinyLlama@unpinned",
+        "geometry": geometry,
+        "licence": "Apache-2.0",
+    }
+    (project / "catalogue" / "models.yaml").write_text(yaml.safe_dump(models))
+    write_experiment(project, EXPERIMENT | {"models": ["tiny", "hub"], "seeds": [7]})
+    before = records(project)
+    assert snakemake(project, "-n").returncode == 0
+    run = snakemake(project)
+    assert run.returncode != 0
+    assert "make pin" in run.stderr
+    assert records(project) == before
+
+
+@pytest.mark.long
+def test_a_merged_checkpoint_on_request(project: Path) -> None:
+    write_experiment(project, EXPERIMENT | {"merge": True})
+    run = snakemake(project)
+    assert run.returncode == 0, run.stderr[-3000:]
+    merged = artefact(project, "merge", "element1")
+    assert (merged / "model.safetensors").is_file()
+    assert (merged / "plan.json").is_file()
+
+
+@pytest.mark.long
 def test_export_stock_from_the_command_line(project: Path) -> None:
     pruned = artefact(project, "prune", "element1/groups")
     command = [sys.executable, str(ROOT / "workflow_scripts" / "export.py"), "--stock"]

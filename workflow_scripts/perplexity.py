@@ -47,6 +47,7 @@ def main(request: StepRequest, out: Path) -> None:
             "split": "evaluation",
             "window": window,
             "stride": window,
+            "windows": "all" if params.get("windows") is None else "spread evenly over the text",
             "bos": "start of the text" if special else "none",
             "dtype": dtype,
             "join": JOIN,
