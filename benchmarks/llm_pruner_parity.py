@@ -20,6 +20,8 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from artefacts import newest_artefact
+
 from prunelib.errors import InputError
 
 if TYPE_CHECKING:
@@ -29,14 +31,6 @@ LIBRARY_RATIO = 2.97
 REMAINING = 108_144_576
 MOST_FORWARDS = 5.0
 MOST_BYTES = 2.0e9
-
-
-def newest_artefact(step: str) -> Path:
-    """Return the artefact of a step under results/ that was written last."""
-    found = list(Path("results", step).glob("**/provenance.json"))
-    if not found:
-        raise InputError(f"no artefact under results/{step}; name a directory instead")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def calibration(model: Path, text: Path, seed: int) -> torch.Tensor:

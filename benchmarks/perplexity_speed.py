@@ -27,22 +27,15 @@ from torch.nn import functional as F
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
+from artefacts import newest_artefact
+
 from prunelib.data.calibration import evaluation_ids
 from prunelib.data.text import read_articles
 from prunelib.device import hardware
-from prunelib.errors import InputError
 from prunelib.evaluation.perplexity import BATCH_TOKENS, PerplexityResult, cut_windows, perplexity
 
 RATE_GOAL, DIFFERENCE_GOAL, MEMORY_GOAL = 0.80, 1e-4, 1 / 8
 PLAIN_WINDOWS = (1, 2, 4, 8)  # batch sizes tried for the plain loop
-
-
-def newest_artefact(step: str) -> Path:
-    """Return the artefact of a step under results/ that was written last."""
-    found = list(Path("results", step).glob("**/provenance.json"))
-    if not found:
-        raise InputError(f"no artefact under results/{step}; name a directory instead")
-    return max(found, key=lambda path: path.stat().st_mtime).parent
 
 
 def timed(run: Callable[[], Any]) -> tuple[float, Any]:

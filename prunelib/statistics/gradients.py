@@ -35,8 +35,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Kept between the forward and the backward pass; more is faster, up to a third.
-GRAPH_BYTES = 512 * 1024**2
+# Kept between the forward and the backward pass; more is faster, by a quarter at the most.
+GRAPH_BYTES = 256 * 1024**2
 LOGITS_BYTES = 64 * 1024**2
 
 
