@@ -236,6 +236,8 @@ def build_model(
     Raises:
         InputError: the architecture is not supported, or the config is not valid.
     """
+    from huggingface_hub.errors import StrictDataclassError
+
     family = family_of(unpruned_config(config) | {"per_layer_config": None})
     config_class, model_class = family.model_class(config)
     data = {k: v for k, v in config.items() if k not in ("auto_map", "model_type")}
@@ -244,7 +246,7 @@ def build_model(
         parsed = config_class.from_dict(data)
         if per_layer is not None:
             parsed.per_layer_config = per_layer
-    except (ValueError, TypeError) as error:
+    except (StrictDataclassError, ValueError, TypeError) as error:
         message = " ".join(str(error).split())
         raise InputError(
             f"config.json is not a valid {config_class.__name__}: {message}"
@@ -283,16 +285,20 @@ def load_model(
     sharded = where.type == "cuda" and where.index is None and torch.cuda.device_count() > 1
 
     def make(model_class: type[PreTrainedModel], parsed: Any) -> PreTrainedModel:
-        # With loading info the result is a pair, which the annotations do not say.
-        loaded: Any = model_class.from_pretrained(
-            directory,
-            config=parsed,
-            dtype=kind,
-            use_safetensors=True,
-            local_files_only=True,
-            output_loading_info=True,
-            device_map="auto" if sharded else None,
-        )
+        try:
+            # With loading info the result is a pair, which the annotations do not say.
+            loaded: Any = model_class.from_pretrained(
+                directory,
+                config=parsed,
+                dtype=kind,
+                use_safetensors=True,
+                local_files_only=True,
+                output_loading_info=True,
+                device_map="auto" if sharded else None,
+            )
+        except RuntimeError as error:
+            message = " ".join(str(error).split())
+            raise IntegrityError(f"{directory}: tensors do not fit: {message}") from error
         model, report = loaded
         for key in ("missing_keys", "unexpected_keys", "mismatched_keys"):
             if report.get(key):

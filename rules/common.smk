@@ -1,5 +1,7 @@
 # The experiment and its cells. All logic is in prunelib.experiment; nothing here imports torch.
+import atexit
 import os
+import shlex
 import sys
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from snakemake.exceptions import WorkflowError
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node, closure, needed
+from prunelib.provenance import lock
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -45,3 +48,10 @@ onstart:
         for problem in problems:
             print(f"error: {problem}", file=sys.stderr)
         raise WorkflowError("nothing was started; see above")
+    # One launch a directory at a time; a dead one's lock is taken over. A second launch would be
+    # harmless to the results, but would compute the same steps.
+    try:
+        launch = lock.acquire(Path("results/.launch.lock"), command=shlex.join(sys.argv))
+    except PrunelibError as error:
+        raise WorkflowError(f"{error}")
+    atexit.register(launch.release)

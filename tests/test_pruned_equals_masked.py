@@ -20,6 +20,7 @@ from conftest import TINY, tiny_config, tiny_model
 
 from prunelib import checkpoint
 from prunelib.data.tokenizer import load_tokenizer
+from prunelib.errors import InputError, IntegrityError
 from prunelib.families import family_of
 from prunelib.plan import Plan
 from prunelib.selection import Rule, Target, select
@@ -230,6 +231,46 @@ def test_hostile_files_beside_weights_are_never_executed(
     assert type(model).__module__.startswith("prunelib.")
     load_tokenizer(tmp_path)
     assert not trap.exists()
+
+
+def test_a_shard_outside_the_directory_is_refused(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    (tmp_path / "config.json").write_bytes((tiny_checkpoint("llama") / "config.json").read_bytes())
+    index = {"weight_map": {"model.norm.weight": "../elsewhere.safetensors"}}
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(IntegrityError, match="points outside the directory"):
+        checkpoint.load_model(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported"),
+        ({"hidden_size": "many"}, "not a valid LlamaConfig"),
+        ({"num_key_value_heads": 4}, "not a multiple of num_key_value_heads 4"),
+    ],
+)
+def test_a_hostile_config_is_refused(
+    change: dict[str, Any], message: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    for file in tiny_checkpoint("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = checkpoint.read_config(tmp_path) | change
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=message):
+        checkpoint.load_model(tmp_path)
+
+
+def test_shapes_that_do_not_fit_the_config_are_refused(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    for file in tiny_checkpoint("llama").iterdir():
+        (tmp_path / file.name).write_bytes(file.read_bytes())
+    config = checkpoint.read_config(tmp_path) | {"intermediate_size": 44}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(IntegrityError, match="tensors do not fit"):
+        checkpoint.load_model(tmp_path)
 
 
 def test_tiny_config_is_what_was_asked_for() -> None:

@@ -387,6 +387,36 @@ def test_a_merged_checkpoint_on_request(project: Path) -> None:
 
 
 @pytest.mark.long
+def test_a_second_launch_is_refused_and_a_dead_one_s_lock_taken_over(project: Path) -> None:
+    shutil.rmtree(project / "results" / "perplexity")
+    path = project / "results" / ".launch.lock"
+
+    def locked() -> Iterator[bool]:
+        while True:
+            yield path.exists()
+
+    first = subprocess.Popen(
+        snakemake_command(),
+        cwd=project,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        wait_for(locked(), 60)
+        second = snakemake(project)
+        assert second.returncode != 0
+        assert str(first.pid) in second.stderr
+        assert first.poll() is None, "the first launch ended before the second was tried"
+    finally:
+        os.killpg(first.pid, signal.SIGKILL)
+        first.wait()
+    assert path.exists()
+    assert snakemake(project).returncode == 0
+    assert not path.exists()
+
+
+@pytest.mark.long
 def test_export_stock_from_the_command_line(project: Path) -> None:
     pruned = artefact(project, "prune", "element1/groups")
     command = [sys.executable, str(ROOT / "workflow_scripts" / "export.py"), "--stock"]
