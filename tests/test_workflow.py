@@ -24,6 +24,7 @@ from tiny_project import (
     make_project,
     snakemake,
     snakemake_command,
+    start,
     write_experiment,
 )
 
@@ -288,13 +289,7 @@ def test_kill_nine_in_the_middle(step: str, project: Path) -> None:
                 if f"/results/{step}/" in str(directory)
             )
 
-    run = subprocess.Popen(
-        snakemake_command(),
-        cwd=project,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    run = start(project)
     try:
         wait_for(writing(), 120)
     finally:
@@ -395,13 +390,7 @@ def test_a_second_launch_is_refused_and_a_dead_one_s_lock_taken_over(project: Pa
         while True:
             yield path.exists()
 
-    first = subprocess.Popen(
-        snakemake_command(),
-        cwd=project,
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
-        start_new_session=True,
-    )
+    first = start(project)
     try:
         wait_for(locked(), 60)
         second = snakemake(project)

@@ -133,3 +133,14 @@ def snakemake(directory: Path, *options: str) -> subprocess.CompletedProcess[str
         text=True,
         check=False,
     )
+
+
+def start(directory: Path) -> subprocess.Popen[bytes]:
+    """Start the workflow in ``directory`` as a process group of its own."""
+    return subprocess.Popen(
+        snakemake_command(),
+        cwd=directory,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
