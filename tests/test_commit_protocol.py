@@ -499,9 +499,9 @@ def test_another_upstream_key_is_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (lambda d: shutil.rmtree(d), "cannot be read"),
+        (lambda d: shutil.rmtree(d), "is not finished"),
         (lambda d: (d / "metrics.json").write_text("{"), "another size"),
-        (lambda d: (d / "provenance.json").unlink(), "cannot be read"),
+        (lambda d: (d / "provenance.json").unlink(), "is not finished"),
     ],
 )
 def test_inputs_that_are_not_whole_are_refused(tmp_path: Path, damage, message: str) -> None:

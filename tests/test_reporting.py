@@ -20,6 +20,7 @@ from prunelib.reporting.artefacts import Cell, Report, Target, load_report
 from prunelib.reporting.build import build
 from prunelib.reporting.flags import find_flags, off_budget
 from prunelib.reporting.html import cost_tables, headlines
+from prunelib.reporting.plots import widths
 from prunelib.reporting.published import (
     compare,
     load_published,
@@ -456,7 +457,7 @@ def test_missing_tampered_and_failed_artefacts_are_named(bench: Bench, tmp_path:
     path.write_text(path.read_text().replace("4.1", "1.1"))
     report = bench.report()
     messages = {flag.cells[0]: flag.message for flag in find_flags(report)}
-    assert "provenance.json: cannot be read" in messages["gone"]
+    assert "nowhere: is not finished" in messages["gone"]
     assert "loss is NaN in layer 3" in messages["failed"]
     assert "its record says" in messages["good-0"]
     assert "sha256" in messages["good-1"]
@@ -728,3 +729,19 @@ def test_target_labels() -> None:
     assert Target("blocks", 6).label == "blocks 6"
     assert Target("blocks", 0.25).label == "blocks 25%"
     assert Cell("a", "m", "dense", "dense", None, None, "none").target_label == "none"
+
+
+def test_removed_blocks_are_missing_from_every_kind() -> None:
+    plan = {
+        "original": {"num_hidden_layers": 3, "units": {}},
+        "removed_blocks": [1],
+        "layers": [{"index": 0, "kept": {}}, {"index": 2, "kept": {}}],
+    }
+    shares = widths(plan)
+    assert list(shares) == ["block"]
+    assert [math.isnan(value) for value in shares["block"]] == [False, True, False]
+    width = {
+        "original": {"num_hidden_layers": 2, "units": {"kv_group": 4}},
+        "layers": [{"index": 0, "kept": {"kv_group": [0, 2, 3]}}, {"index": 1, "kept": {}}],
+    }
+    assert widths(width) == {"kv_group": [0.75, 1.0]}

@@ -52,6 +52,8 @@ def read(directory: Path) -> dict[str, Any]:
         if not _is_inside(directory, RECORD):
             raise IntegrityError(f"{path}: leads out of its directory")
         record = json.loads(path.read_bytes())
+    except FileNotFoundError as error:
+        raise IntegrityError(f"{directory}: is not finished") from error
     except OSError as error:
         raise IntegrityError(f"{path}: cannot be read: {error.strerror}") from error
     except (ValueError, RecursionError) as error:

@@ -407,6 +407,7 @@ def _pairs(report: Report, model: str) -> list[tuple[str, str, float, float]]:
 # ------------------------------------------------------------------------------------ kept widths
 
 KIND_LABELS = {
+    "block": "blocks kept, %",
     "kv_group": "kv groups kept, %",
     "mlp_channel": "MLP channels kept, %",
     "head": "heads kept, %",
@@ -416,12 +417,17 @@ KIND_LABELS = {
 
 
 def widths(plan: dict[str, Any]) -> dict[str, list[float]]:
-    """Kept share of every unit kind per original layer; NaN for a removed block."""
+    """Kept share of every unit kind per original layer; NaN for a removed block.
+
+    A plan that removes whole blocks only has the one kind ``block``.
+    """
     original = plan.get("original") or {}
     count = int(original.get("num_hidden_layers") or 0)
     removed = set(plan.get("removed_blocks") or ())
     layers = {int(layer["index"]): layer.get("kept") or {} for layer in plan.get("layers") or ()}
     kinds = list(dict.fromkeys(kind for kept in layers.values() for kind in kept))
+    if not kinds:
+        return {"block": [math.nan if i in removed else 1.0 for i in range(count)]}
     totals = {
         "kv_group": original.get("num_key_value_heads"),
         "head": original.get("num_attention_heads"),
@@ -446,6 +452,8 @@ def kept_width(report: Report) -> Plot | None:
     if not rows:
         return None
     kinds = list(dict.fromkeys(k for plans in rows.values() for _, shares in plans for k in shares))
+    # A removed block is missing from every kind; it gets no panel of its own beside them.
+    kinds = [kind for kind in kinds if kind != "block"] or kinds
     heights = [0.34 * len(plans) + 1.0 for plans in rows.values()]
     figure, axes = _figure(
         len(rows),
@@ -490,7 +498,7 @@ def _heat_map(
     layers = max((len(values) for _, shares in plans for values in shares.values()), default=1)
     grid = np.full((len(plans), layers), 100.0)
     for y, (_, shares) in enumerate(plans):
-        values = shares.get(kind, [])
+        values = shares.get(kind) or shares.get("block", [])
         grid[y, : len(values)] = 100 * np.asarray(values)
     image = axis.pcolormesh(
         np.ma.masked_invalid(grid),
