@@ -314,8 +314,9 @@ def mixed(report: Report) -> list[Flag]:
         for step in ("perplexity", "tasks", "efficiency"):
             cells = [c for c in report.cells if c.model == model and step in c.artefacts]
             conditions = [_conditions(cell, step) for cell in cells]
-            for name in conditions[0] if conditions else ():
-                values = dict.fromkeys(condition[name] for condition in conditions)
+            for name in dict.fromkeys(name for found in conditions for name in found):
+                # A package that only some cells use (peft, with an adapter) mixes nothing.
+                values = dict.fromkeys(found[name] for found in conditions if name in found)
                 if len(values) > 1:
                     message = f"{model}: {step} mixes {name}: {' | '.join(values)}"
                     ids = tuple(cell.id for cell in cells)
@@ -329,7 +330,7 @@ def _conditions(cell: Cell, step: str) -> dict[str, str]:
         "dtype": str(content.get("dtype")),
         "hardware": hardware_label(content.get("hardware")),
         "convention": convention_label(content),
-        "package versions": ", ".join(f"{name} {packages[name]}" for name in sorted(packages)),
+        **{f"versions of {name}": version for name, version in sorted(packages.items())},
     }
 
 
