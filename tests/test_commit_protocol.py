@@ -442,7 +442,8 @@ def test_a_step_commits_under_its_planned_key(tmp_path: Path) -> None:
     assert record["key"] == request.key == request.out.name
     assert record["params"] == request.params
     assert record["upstream"] == {"model": "feedfeedfeedfeed"}
-    assert "prunelib.errors:InputError" in record["definitions"]
+    # Errors and provenance cannot change a number.
+    assert not any(name.startswith("prunelib.") for name in record["definitions"])
     assert set(record["packages"]) == {"psutil"}
     assert set(record) >= {"fingerprint", "python", "host", "git", "command", "environment"}
     assert not execute(request, main)

@@ -126,6 +126,8 @@ LOADER = """
 import sys, json, torch
 sys.modules["prunelib"] = None
 from transformers import AutoModelForCausalLM, AutoTokenizer
+# The number of threads decides the last bits of a large product.
+torch.set_num_threads(int(sys.argv[2]))
 answers = {}
 for directory, remote in json.loads(sys.argv[1]).items():
     model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=remote).eval()
@@ -144,7 +146,7 @@ print("ANSWER" + json.dumps(answers))
 def load_in_a_fresh_interpreter(directories: dict[str, bool]) -> dict[str, Any]:
     """Load checkpoints where prunelib cannot be imported; directory -> with remote code or not."""
     run = subprocess.run(
-        [sys.executable, "-c", LOADER, json.dumps(directories)],
+        [sys.executable, "-c", LOADER, json.dumps(directories), str(torch.get_num_threads())],
         capture_output=True,
         text=True,
         cwd="/",

@@ -101,7 +101,7 @@ def test_pruned_equals_masked_here_and_elsewhere(
         assert relative_difference(found, masked(IDS).logits) < 1e-4
     remote = "auto_map" in checkpoint.read_config(tmp_path)
     assert remote == (method != "shortgpt")
-    # A fresh interpreter without this library; torch uses as many threads there as here.
+    # A fresh interpreter without this library.
     assert load_in_a_fresh_interpreter({str(tmp_path): remote})[str(tmp_path)] == [bits, True]
 
 
