@@ -51,7 +51,9 @@ onstart:
     # One launch a directory at a time; a dead one's lock is taken over. A second launch would be
     # harmless to the results, but would compute the same steps.
     try:
-        launch = lock.acquire(Path("results/.launch.lock"), command=shlex.join(sys.argv))
+        launch = lock.acquire(
+            Path("results/.launch.lock"), command=shlex.join(sys.argv)
+        )
     except PrunelibError as error:
         raise WorkflowError(f"{error}")
     atexit.register(launch.release)

@@ -1,12 +1,12 @@
 # Content keys: every artefact lies at results/<step>/<labels>/<key>/ and is valid when its
 # provenance.json and the files that it lists are there. Inputs are ancient(): the key in the path
 # says everything, file times say nothing.
-
 TERMINAL = [node for cell in EXPERIMENT.cells for node in cell.steps.values()]
 NODES = closure(TERMINAL)
-# Half an artefact: its record is there, a file of it is not. It is put away and made again.
+# Half an artefact: its record is there, a file of it is not. It is put away and made again: a stamp
+# that is newer than the record, asked for by the last rule, is an input of its step.
 BROKEN = {
-    key: Path(node.target).stat().st_mtime_ns
+    key: f"results/.broken/{key}-{Path(node.target).stat().st_mtime_ns}"
     for key, node in needed(TERMINAL).items()
     if Path(node.target).is_file()
 }
@@ -25,11 +25,8 @@ def node_of(wildcards):
 
 def inputs_of(wildcards):
     """The records of a step's upstream artefacts."""
-    key = wildcards.key
-    broken = [f"results/.broken/{key}-{BROKEN[key]}"] if key in BROKEN else []
-    return [
-        ancient(node.target) for node in node_of(wildcards).inputs.values()
-    ] + broken
+    records = [ancient(node.target) for node in node_of(wildcards).inputs.values()]
+    return records + [BROKEN[key] for key in BROKEN if key == wildcards.key]
 
 
 def request_of(wildcards):
@@ -42,7 +39,7 @@ def threads_of(wildcards):
     return int(node_of(wildcards).params["threads"])
 
 
-# Newer than the broken artefact, so that its step runs; the step replaces what it finds.
+# The step replaces what it finds.
 rule broken:
     output:
         touch("results/.broken/{key}-{time}"),

@@ -20,11 +20,7 @@ def report_command(*options):
 
 rule report:
     input:
-        [
-            ancient(node.target)
-            for cell in EXPERIMENT.cells
-            for node in cell.steps.values()
-        ],
+        [ancient(node.target) for node in TERMINAL],
     output:
         touch("results/.report-{key}"),
     log:
@@ -39,5 +35,5 @@ onsuccess:
 
 
 onerror:
-    # What has finished is worth a page; it names what is missing.
-    shell(report_command("--partial || true"))
+    # What has finished is worth a page; it names what is missing, and is no whole report.
+    shell("rm -f results/.report-*; " + report_command("--partial || true"))
