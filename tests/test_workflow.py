@@ -68,7 +68,13 @@ def artefact(directory: Path, step: str, label: str) -> Path:
 
 
 def temporary_directories(directory: Path) -> list[Path]:
-    return [p for p in (directory / "results").glob("**/*.tmp-*") if p.is_dir()]
+    # os.walk, since directories come and go while a run works; a glob would raise.
+    return [
+        Path(parent) / name
+        for parent, names, _ in os.walk(directory / "results")
+        for name in names
+        if ".tmp-" in name
+    ]
 
 
 def test_the_whole_experiment(finished: Path) -> None:
@@ -284,9 +290,10 @@ def test_kill_nine_in_the_middle(step: str, project: Path) -> None:
     def writing() -> Iterator[bool]:
         while True:
             yield any(
-                next(directory.iterdir(), None) is not None
+                below or files
                 for directory in temporary_directories(project)
                 if f"/results/{step}/" in str(directory)
+                for _, below, files in os.walk(directory)
             )
 
     run = start(project)
