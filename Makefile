@@ -7,10 +7,15 @@ EXPERIMENT ?= config/experiments/quickstart.yaml
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv benchmark test test-all test-long test-gpu lint format lock pin clean
+.PHONY: help venv benchmark status cost doctor report test test-all test-long test-gpu lint format \
+	lock pin clean
 
 help:
 	@echo "make benchmark  run $(EXPERIMENT) and name the report (EXPERIMENT=..., CORES=...)"
+	@echo "make status     how each cell of EXPERIMENT stands, also while it runs"
+	@echo "make report     the report of what has finished, also while it runs"
+	@echo "make cost       jobs, GPU hours, memory and disk of EXPERIMENT on a cluster"
+	@echo "make doctor     check profiles/slurm against the cluster before submitting EXPERIMENT"
 	@echo "make test       the short tests (at most 10 minutes)"
 	@echo "make test-all   all tests (at most 50 minutes)"
 	@echo "make test-gpu   the checks that need a GPU"
@@ -29,6 +34,19 @@ venv: $(READY)
 benchmark: $(READY)
 	$(BIN)/snakemake --cores $(CORES) --config experiment=$(EXPERIMENT)
 	@echo "report: $(CURDIR)/results/report.html"
+
+status: $(READY)
+	@$(BIN)/python -P workflow_scripts/status.py --experiment $(EXPERIMENT) --catalogue config
+
+report: $(READY)
+	@$(BIN)/python -P workflow_scripts/report.py --experiment $(EXPERIMENT) --catalogue config \
+		--out results --partial
+
+cost: $(READY)
+	@$(BIN)/python -P workflow_scripts/cost.py --experiment $(EXPERIMENT)
+
+doctor: $(READY)
+	@$(BIN)/python -P workflow_scripts/doctor.py --experiment $(EXPERIMENT)
 
 test: $(READY)
 	$(BIN)/python -m pytest -m "not long and not gpu"
@@ -55,7 +73,7 @@ format: $(READY)
 	$(BIN)/snakefmt Snakefile rules
 
 lock:
-	$(BIN)/python workflow_scripts/lock.py
+	$(BIN)/python -P workflow_scripts/lock.py
 
 pin: $(READY)
 	$(BIN)/python -m prunelib.data.pin config/models.yaml config/texts.yaml

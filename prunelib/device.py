@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import platform
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from prunelib.errors import InputError
+from prunelib.errors import InputError, PrunelibError
 
 if TYPE_CHECKING:
     import torch
+
+_log = logging.getLogger(__name__)
 
 DTYPES = ("float32", "bfloat16")
 
@@ -21,16 +24,25 @@ def resolve_device(name: str) -> torch.device:
 
     Raises:
         InputError: the name is unknown, or names a GPU that this machine does not have.
+        PrunelibError: SLURM gave this job a GPU that cannot be used: another node may do better.
     """
     import torch
 
+    given = os.environ.get("SLURM_JOB_ID") and os.environ.get("CUDA_VISIBLE_DEVICES")
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"
+        if given and name == "cpu":
+            _log.warning("SLURM gave GPU %s, but torch sees none: computing on the CPU", given)
     try:
         device = torch.device(name)
     except RuntimeError as error:
         raise InputError(f"device {name!r} is unknown; allowed: auto, cpu, cuda, cuda:N") from error
     if device.type == "cuda" and not torch.cuda.is_available():
+        if given:
+            raise PrunelibError(
+                f"device {name!r}: SLURM gave GPU {given} of node {platform.node()}, but torch "
+                "sees none: the node's driver, or a torch built without CUDA"
+            )
         raise InputError(f"device {name!r} was asked for, but no GPU is visible here")
     return device
 
@@ -67,7 +79,7 @@ def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
     """Describe the hardware that a figure is measured on (JSON-serialisable).
 
     Keys: ``device`` (cpu or cuda), ``name``, ``count``, ``threads``, ``host_cpus``, and for GPUs
-    ``driver`` and ``memory_bytes``.
+    ``cuda`` and ``memory_bytes``.
     """
     import torch
 
@@ -84,7 +96,7 @@ def hardware(device: torch.device | str = "cpu") -> dict[str, Any]:
         facts |= {
             "name": properties.name,
             "count": torch.cuda.device_count(),
-            "driver": torch.version.cuda,
+            "cuda": torch.version.cuda,
             "memory_bytes": properties.total_memory,
         }
     return facts

@@ -6,10 +6,13 @@ rule calibration:
         "results/calibration/{label}/{key}/provenance.json",
     log:
         "logs/calibration/{label}/{key}.log",
+    localrule: runs_here("calibration")
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/calibration.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("calibration")
 
 
 rule tasks_data:
@@ -19,7 +22,10 @@ rule tasks_data:
         "results/tasks_data/{label}/{key}/provenance.json",
     log:
         "logs/tasks_data/{label}/{key}.log",
+    localrule: runs_here("tasks_data")
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/tasks_data.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("tasks_data")

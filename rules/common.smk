@@ -3,6 +3,7 @@ import atexit
 import os
 import shlex
 import sys
+import time
 from pathlib import Path
 
 ROOT = Path(workflow.basedir)
@@ -11,10 +12,14 @@ sys.path.insert(0, str(ROOT))
 
 from snakemake.exceptions import WorkflowError
 
+from prunelib.cluster import watch
+from prunelib.cluster.orphans import check_policy, settle
+from prunelib.cluster.progress import failures
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node, closure, needed
 from prunelib.provenance import lock
+from prunelib.provenance.fingerprint import load_parsed, save_parsed
 
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])]
@@ -41,19 +46,45 @@ def load_experiment():
 EXPERIMENT = load_experiment()
 
 
+STARTED = time.time()
+ORPHANS = config.get("orphans", "wait")
+try:
+    check_policy(ORPHANS, "configuration")
+except PrunelibError as error:
+    raise WorkflowError(f"{error}")
+
+
+def say(line):
+    print(line, file=sys.stderr, flush=True)
+
+
+def start_again():
+    """Build the DAG anew in this same process: artefacts have come meanwhile."""
+    say("reading the results again")
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
+
+
 onstart:
     # Only a real run gets here: a dry run plans what cannot be fetched yet.
     problems = EXPERIMENT.preflight()
     if problems:
         for problem in problems:
-            print(f"error: {problem}", file=sys.stderr)
+            say(f"error: {problem}")
         raise WorkflowError("nothing was started; see above")
+    status_command = getattr(workflow.executor_settings, "status_command", None)
     # One launch a directory at a time; a dead one's lock is taken over. A second launch would be
     # harmless to the results, but would compute the same steps.
     try:
         launch = lock.acquire(
             Path("results/.launch.lock"), command=shlex.join(sys.argv)
         )
+        atexit.register(launch.release)
+        # Also without the SLURM executor: jobs of an earlier run may still be at these steps.
+        if settle(ORPHANS, say):
+            launch.release()
+            start_again()
+        if workflow.non_local_exec:
+            watch.check_status_command(status_command)
+            watch.start(status_command, say)
     except PrunelibError as error:
         raise WorkflowError(f"{error}")
-    atexit.register(launch.release)

@@ -7,10 +7,12 @@ rule perplexity:
     log:
         "logs/perplexity/{label}/{key}.log",
     threads: threads_of
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/perplexity.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("perplexity")
 
 
 rule tasks:
@@ -21,13 +23,15 @@ rule tasks:
     log:
         "logs/tasks/{label}/{key}.log",
     threads: threads_of
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/tasks.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("tasks")
 
 
-# Takes all cores, so that nothing else disturbs the clock.
+# Takes all cores (on a cluster a whole node), so that nothing else disturbs the clock.
 rule efficiency:
     input:
         inputs_of,
@@ -35,8 +39,10 @@ rule efficiency:
         "results/efficiency/{label}/{key}/provenance.json",
     log:
         "logs/efficiency/{label}/{key}.log",
-    threads: workflow.cores
+    threads: workflow.resource_settings.cores or 1
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/efficiency.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("efficiency")

@@ -12,10 +12,12 @@ rule fetch_model:
         "results/fetch_model/{label}/{key}/provenance.json",
     log:
         "logs/fetch_model/{label}/{key}.log",
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/fetch_model.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("fetch_model")
 
 
 rule fetch_text:
@@ -25,10 +27,12 @@ rule fetch_text:
         "results/fetch_text/{label}/{key}/provenance.json",
     log:
         "logs/fetch_text/{label}/{key}.log",
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/fetch_text.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("fetch_text")
 
 
 rule fetch_analogies:
@@ -38,7 +42,9 @@ rule fetch_analogies:
         "results/fetch_analogies/{label}/{key}/provenance.json",
     log:
         "logs/fetch_analogies/{label}/{key}.log",
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/fetch_analogies.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("fetch_analogies")

@@ -1,15 +1,18 @@
 # Content keys: every artefact lies at results/<step>/<labels>/<key>/ and is valid when its
 # provenance.json and the files that it lists are there. Inputs are ancient(): the key in the path
 # says everything, file times say nothing.
+load_parsed(Path("results/.parsed.json"))
 TERMINAL = [node for cell in EXPERIMENT.cells for node in cell.steps.values()]
 NODES = closure(TERMINAL)
 # Half an artefact: its record is there, a file of it is not. It is put away and made again: a stamp
-# that is newer than the record, asked for by the last rule, is an input of its step.
+# that is newer than the record, asked for by the last rule, is an input of its step. Jobs on a
+# cluster read this file too; what they shall make has been decided.
 BROKEN = {
     key: f"results/.broken/{key}-{Path(node.target).stat().st_mtime_ns}"
-    for key, node in needed(TERMINAL).items()
+    for key, node in (needed(TERMINAL) if workflow.is_main_process else {}).items()
     if Path(node.target).is_file()
 }
+save_parsed(Path("results/.parsed.json"))
 RUN = f"{sys.executable} -P {ROOT}/workflow_scripts"
 
 
@@ -20,7 +23,13 @@ wildcard_constraints:
 
 def node_of(wildcards):
     """The step that a key stands for in this experiment."""
-    return NODES[wildcards.key]
+    try:
+        return NODES[wildcards.key]
+    except KeyError:
+        raise WorkflowError(
+            f"no step of {EXPERIMENT.path} has the key {wildcards.key}: code, packages or "
+            "configuration changed since the run was planned; start the run again"
+        )
 
 
 def inputs_of(wildcards):
@@ -37,6 +46,15 @@ def request_of(wildcards):
 def threads_of(wildcards):
     """Threads of a computing step: part of the experiment, since they decide the last bits."""
     return int(node_of(wildcards).params["threads"])
+
+
+def step_command(script):
+    """The command of a step. The log holds all tries of a run, which are numbered."""
+    return (
+        "test {resources.attempt} -gt 1 || : > {log}; "
+        f"{RUN}/{script}.py --request {{params.request:q}} --attempt {{resources.attempt}} "
+        ">> {log} 2>&1"
+    )
 
 
 # The step replaces what it finds.

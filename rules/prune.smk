@@ -6,7 +6,10 @@ rule prune:
         "results/prune/{label}/{key}/provenance.json",
     log:
         "logs/prune/{label}/{key}.log",
+    localrule: runs_here("prune")
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/prune.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("prune")

@@ -8,10 +8,12 @@ rule recover:
     log:
         "logs/recover/{label}/{key}.log",
     threads: threads_of
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/recover.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("recover")
 
 
 # Asked for by `merge: true` in an experiment: the adapter added into the weights.
@@ -22,7 +24,10 @@ rule merge:
         "results/merge/{label}/{key}/provenance.json",
     log:
         "logs/merge/{label}/{key}.log",
+    localrule: runs_here("merge")
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/merge.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("merge")

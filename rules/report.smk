@@ -20,7 +20,7 @@ def report_command(*options):
 
 rule report:
     input:
-        [ancient(node.target) for node in TERMINAL],
+        lambda wildcards: [ancient(node.target) for node in TERMINAL],
     output:
         touch("results/.report-{key}"),
     log:
@@ -35,5 +35,7 @@ onsuccess:
 
 
 onerror:
+    for line in failures(NODES, STARTED):
+        say(line)
     # What has finished is worth a page; it names what is missing, and is no whole report.
     shell("rm -f results/.report-*; " + report_command("--partial || true"))

@@ -6,7 +6,10 @@ rule scores:
         "results/scores/{label}/{key}/provenance.json",
     log:
         "logs/scores/{label}/{key}.log",
+    localrule: runs_here("scores")
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/score.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("score")

@@ -7,7 +7,9 @@ rule statistics:
     log:
         "logs/statistics/{label}/{key}.log",
     threads: threads_of
+    resources:
+        **RESOURCES,
     params:
         request=request_of,
     shell:
-        f"{RUN}/collect_statistics.py --request {{params.request:q}} > {{log}} 2>&1"
+        step_command("collect_statistics")

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from slurm_cluster import report_missed
 
 # Heads that divide the hidden size and heads that do not, grouped, multi-head and single-kv.
 TINY: dict[str, dict[str, Any]] = {
@@ -112,10 +113,11 @@ def tiny_tokenizer() -> Any:
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Say in one line which GPU checks could not run here."""
+    """Say in one line each which GPU and SLURM checks could not run here."""
     missed = [r for r in terminalreporter.stats.get("skipped", []) if "gpu" in r.keywords]
     if missed:
         names = sorted({report.nodeid.partition("::")[2].partition("[")[0] for report in missed})
         terminalreporter.write_line(
             f"not run for want of GPUs: {len(missed)} checks ({', '.join(names)})"
         )
+    report_missed(terminalreporter)

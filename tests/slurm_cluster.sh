@@ -8,13 +8,16 @@
 #   slurm_cluster.sh status [DIR] what runs
 #   slurm_cluster.sh node-kill NAME [DIR]    kill -9 that slurmd and its job steps
 #   slurm_cluster.sh node-start NAME [DIR]   start it again
+#   slurm_cluster.sh missing      print the Debian packages that `up` lacks, one a line
 #
 # DIR: default, a new `mktemp -d` for `up`, $SLURM_TEST_CLUSTER otherwise. Keep it short
 # (unix socket paths): at most 60 characters. It must be readable by whoever submits jobs.
-# Environment of `up`: STC_NODES=2 STC_CPUS=4 STC_MEM=4000 (per node) STC_GPUS=1 (per node)
+# Environment of `up`: STC_NODES=2 STC_CPUS=4 STC_MEM=4000 (MB per node) STC_GPUS=1 (per node)
 #   STC_GPU_TYPE=h100 STC_GPU_FILE= (a pattern such as /dev/nvidia[0-1] for real ones;
 #   default, links to /dev/null) STC_ACCOUNTING=0 (1: mariadb + slurmdbd, so that sacct works)
 #   STC_SLURMD_TIMEOUT=10 STC_KILL_WAIT=2 STC_EXTRA= (lines added to slurm.conf)
+#   STC_HIDE_FROM= (n2:/some/path: that node sees an empty directory there; root only)
+#   STC_OWNER= (a process id: once it is gone, take the cluster down and remove DIR)
 #   STC_WAIT=30 (seconds to wait for the nodes)
 set -u -o pipefail
 
@@ -23,15 +26,18 @@ die() { echo "$PROG: error: $*" >&2; exit 1; }
 say() { echo "$PROG: $*" >&2; }
 PATH=$PATH:/usr/sbin:/sbin            # daemons live there; a plain user's PATH lacks it
 
-need() {  # need COMMAND PACKAGE ...: all present, or one message that names what to install
-  local c list=
-  while [ $# -ge 2 ]; do
-    command -v "$1" >/dev/null 2>&1 || { c="${c:-} $1"; case " $list " in *" $2 "*) ;; *) list="$list $2" ;; esac; }
-    shift 2
+missing() {  # missing 0|1: the commands that are not here (1: with accounting), each with its package
+  local c
+  for c in munged:munge slurmctld:slurmctld slurmd:slurmd sinfo:slurm-client python3:python3 \
+    hostname:hostname setsid:util-linux unshare:util-linux; do
+    command -v "${c%:*}" >/dev/null 2>&1 || echo "$c"
   done
-  [ -z "$list" ] || die "commands not found:${c}
-  apt-get update && apt-get install -y --no-install-recommends$list"
+  [ "$1" = 1 ] || return 0
+  for c in slurmdbd:slurmdbd mariadbd:mariadb-server mariadb-install-db:mariadb-server; do
+    command -v "${c%:*}" >/dev/null 2>&1 || echo "$c"
+  done
 }
+packages() { sed 's/.*://' | sort -u; }  # of the lines of `missing`
 
 free_ports() {  # free_ports N: N free TCP ports on 127.0.0.1
   python3 - "$1" <<'PY'
@@ -79,13 +85,21 @@ set_dir() {
 }
 
 start_node() {
-  local n=$1
+  local n=$1 hide
   mkdir -p "$D/spool/$n"
-  STC_NODE=$n slurmd -N "$n" -f "$SLURM_CONF" || return 1
+  hide=$(cat "$D/run/hide-$n" 2>/dev/null)
+  if [ -n "$hide" ]; then
+    # a mount namespace of its own: only this slurmd and its jobs see the empty directory
+    STC_NODE=$n unshare -m sh -c 'mount -t tmpfs -o size=1m tmpfs "$1" && exec slurmd -N "$2" -f "$3"' \
+      sh "$hide" "$n" "$SLURM_CONF"
+  else
+    STC_NODE=$n slurmd -N "$n" -f "$SLURM_CONF"
+  fi
 }
 
 write_config() {
-  local me host srun_bin nodes=() ports i
+  local me host srun_bin nodes=() ports i n gres=
+  [ "$GPUS" = 0 ] || gres=" Gres=gpu:$GPU_TYPE:$GPUS"
   me=$(id -un) || die "uid $(id -u) has no user name (SLURM and munge need a passwd entry)"
   host=$(hostname -s)
   srun_bin=$(PATH=${PATH//$D\/bin:/} command -v srun)
@@ -146,7 +160,7 @@ CONF
       echo "AccountingStorageType=accounting_storage/none"
     fi
     for ((i = 1; i <= N_NODES; i++)); do
-      echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[$((i + 2))]} CPUs=$CPUS RealMemory=$MEM Gres=gpu:$GPU_TYPE:$GPUS State=UNKNOWN"
+      echo "NodeName=n$i NodeHostname=$host NodeAddr=127.0.0.1 Port=${ports[$((i + 2))]} CPUs=$CPUS RealMemory=$MEM$gres State=UNKNOWN"
       nodes+=("n$i")
     done
     echo "PartitionName=gpu Nodes=ALL Default=YES MaxTime=INFINITE DefMemPerCPU=100 State=UP"
@@ -157,7 +171,7 @@ CONF
   # gres.conf ----------------------------------------------------------------
   {
     echo "AutoDetect=off"
-    for n in "${nodes[@]}"; do
+    [ "$GPUS" = 0 ] || for n in "${nodes[@]}"; do
       if [ -n "${STC_GPU_FILE:-}" ]; then
         echo "NodeName=$n Name=gpu Type=$GPU_TYPE File=$STC_GPU_FILE"
       else
@@ -169,6 +183,7 @@ CONF
     done
   } >"$D/etc/gres.conf"
   printf '%s\n' "${nodes[@]}" >"$D/run/nodes"
+  [ -z "${STC_HIDE_FROM:-}" ] || printf '%s' "${STC_HIDE_FROM#*:}" >"$D/run/hide-${STC_HIDE_FROM%%:*}"
   # slurmdbd.conf ------------------------------------------------------------
   if [ "$ACCT" = 1 ]; then
     cat >"$D/etc/slurmdbd.conf" <<CONF
@@ -214,7 +229,7 @@ start_accounting() {
 }
 
 nodes_idle() {
-  [ "$(timeout 5 sinfo -h -N -o '%t' 2>/dev/null | grep -cx idle)" -eq "$N_NODES" ]
+  [ "$(timeout 5 sinfo -h -p gpu -N -o '%t' 2>/dev/null | grep -cx idle)" -eq "$N_NODES" ]
 }
 is_up() {
   local n
@@ -234,16 +249,24 @@ print_env() {
 cmd_up() {
   N_NODES=${STC_NODES:-2} CPUS=${STC_CPUS:-4} MEM=${STC_MEM:-4000} GPUS=${STC_GPUS:-1}
   GPU_TYPE=${STC_GPU_TYPE:-h100} ACCT=${STC_ACCOUNTING:-0}
-  need munged munge slurmctld slurmctld slurmd slurmd sinfo slurm-client python3 python3 hostname hostname
-  [ "$ACCT" = 1 ] && need slurmdbd slurmdbd mariadbd mariadb-server mariadb-install-db mariadb-server
-  local d=${1:-}
+  local list d=${1:-}
+  list=$(missing "$ACCT")
+  [ -z "$list" ] || die "commands not found: $(sed 's/:.*//' <<<"$list" | paste -sd' ')
+  apt-get update && apt-get install -y --no-install-recommends $(packages <<<"$list" | paste -sd' ')"
+  case ${STC_HIDE_FROM:-} in
+    '') ;;
+    n[1-9]:/*)
+      [ "$(id -u)" = 0 ] || die "STC_HIDE_FROM needs root: it mounts over the directory"
+      [ "${STC_HIDE_FROM:1:1}" -le "$N_NODES" ] || die "STC_HIDE_FROM: no such node: $STC_HIDE_FROM" ;;
+    *) die "STC_HIDE_FROM must be NODE:/PATH, got '$STC_HIDE_FROM'" ;;
+  esac
   if [ -z "$d" ]; then d=$(mktemp -d /tmp/stc.XXXXXX) || die "mktemp failed"; fi
   mkdir -p "$d" || die "cannot make $d"
   set_dir "$d"
   [ ${#D} -le 60 ] || die "the directory's path is too long for unix sockets (${#D} > 60): $D"
   if [ -f "$D/run/nodes" ] && is_up; then say "already up in $D"; print_env; return 0; fi
   [ -d "$D/run" ] && cmd_down >/dev/null 2>&1         # half-dead leftovers
-  rm -rf "$D"/{etc,run,log,state,spool,munge,dev,bin}
+  rm -rf "${D:?}"/{etc,run,log,state,spool,munge,dev,bin}
   chmod go+rx "$D"
   mkdir -p "$D"/{etc,run,log,state,spool,munge,dev,bin,sql}
   chmod 755 "$D"/{etc,run,log,spool,dev,bin}; chmod 711 "$D/munge"
@@ -258,8 +281,17 @@ cmd_up() {
   local n
   while read -r n; do start_node "$n" || fail_up "slurmd $n did not start"; done <"$D/run/nodes"
   wait_for "${STC_WAIT:-30}" nodes_idle || { sinfo -N -l >&2; fail_up "the nodes are not idle after ${STC_WAIT:-30} s"; }
+  [ -z "${STC_OWNER:-}" ] || { watch_owner "$STC_OWNER" </dev/null >/dev/null 2>&1 & }
   say "up in $D: $N_NODES node(s), $GPUS GPU(s) each"
   print_env
+}
+
+watch_owner() {  # watch_owner PID: a killed owner cannot clean up; ends by itself after `down`
+  trap '' HUP INT
+  while [ -f "$D/run/munged.pid" ]; do
+    kill -0 "$1" 2>/dev/null || { cmd_down; rm -rf "$D"; return; }
+    sleep 1
+  done
 }
 
 cmd_down() {
@@ -291,9 +323,10 @@ kill_steps() {
     if [ -n "$node" ]; then
       tr '\0' '\n' <"/proc/$p/environ" | grep -qxF "STC_NODE=$node" || continue
     fi
+    # shellcheck disable=SC2207  # numbers, split on purpose
     pids+=("$p" $(descendants "$p"))
   done
-  [ ${#pids[@]} -gt 0 ] && kill -KILL "${pids[@]}" 2>/dev/null
+  [ ${#pids[@]} -eq 0 ] || kill -KILL "${pids[@]}" 2>/dev/null
   return 0
 }
 descendants() {
@@ -319,5 +352,6 @@ case ${1:-} in
     kill -KILL "$p"; kill_steps "$2"; rm -f "$D/run/slurmd-$2.pid"; say "killed slurmd $2 (pid $p)" ;;
   node-start) set_dir "${3:-}"; alive "$D/run/slurmd-$2.pid" >/dev/null && { say "node $2 already runs"; exit 0; }
     STC_NODE=$2; export STC_NODE; start_node "$2" || die "slurmd $2 did not start" ;;
-  *) sed -n '2,20s/^# \{0,1\}//p' "$0"; exit 2 ;;
+  missing) missing "${STC_ACCOUNTING:-0}" | packages ;;
+  *) sed -n '2,/^set /s/^# \{0,1\}//p' "$0"; exit 2 ;;
 esac

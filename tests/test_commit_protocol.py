@@ -19,6 +19,7 @@ import pytest
 
 from prunelib.errors import InputError, PrunelibError
 from prunelib.provenance import artefact, liveness
+from prunelib.provenance.attempt import Attempt, attempt_path, begin, is_alive, read_attempt
 from prunelib.provenance.fingerprint import ROOT
 from prunelib.provenance.step import (
     StepRequest,
@@ -621,7 +622,10 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
 
 
 def start(
-    project: Path, request: str, disposition: signal.Handlers = signal.SIG_DFL
+    project: Path,
+    request: str,
+    disposition: signal.Handlers = signal.SIG_DFL,
+    attempt: int = 1,
 ) -> subprocess.Popen:
     """Start the step script; tests that run in the background may have inherited SIG_IGN."""
 
@@ -630,7 +634,14 @@ def start(
             signal.signal(number, disposition)
 
     return subprocess.Popen(
-        [sys.executable, "workflow_scripts/prune.py", "--request", request],
+        [
+            sys.executable,
+            "workflow_scripts/prune.py",
+            "--request",
+            request,
+            "--attempt",
+            str(attempt),
+        ],
         cwd=project,
         env=os.environ | {"PYTHONPATH": str(project)},
         stdout=subprocess.PIPE,
@@ -640,14 +651,16 @@ def start(
     )
 
 
-def run(project: Path, request: str) -> tuple[int, str]:
-    process = start(project, request)
+def run(project: Path, request: str, attempt: int = 1) -> tuple[int, str]:
+    process = start(project, request, attempt=attempt)
     errors = process.communicate(timeout=60)[1]
     return process.returncode, errors
 
 
 def results(project: Path) -> list[str]:
-    return sorted(path.name for path in (project / "results/prune").glob("*"))
+    """What lies among the artefacts, the notes on attempts aside."""
+    found = sorted(path.name for path in (project / "results/prune").glob("*"))
+    return [name for name in found if not name.endswith(".attempt.json")]
 
 
 def test_a_script_makes_its_artefact_and_then_has_nothing_to_do(project: Path) -> None:
@@ -756,3 +769,103 @@ def test_a_killed_script_is_run_again_and_finishes(project: Path) -> None:
     assert again.returncode == 0
     assert results(project) == [key]
     artefact.verify(project / "results/prune" / key)
+
+
+# --- attempts ------------------------------------------------------------------------------------
+
+
+def note(project: Path, request: str) -> Attempt | None:
+    return read_attempt(project / json.loads(request)["out"])
+
+
+def test_after_a_permanent_error_a_retry_ends_at_once_and_a_new_run_tries_again(
+    project: Path,
+) -> None:
+    request = plan(project, "non-finite")
+    assert run(project, request)[0] == 3
+    first = note(project, request)
+    assert first
+    assert (first.permanent, first.exit_code, first.number) == (True, 3, 1)
+    code, errors = run(project, request, attempt=2)
+    assert code == 3
+    assert errors.splitlines() == ["error: prune: loss is NaN at step 3 (not tried again)"]
+    assert note(project, request) == first
+    code, errors = run(project, request)
+    assert (code, "not tried again" in errors) == (3, False)
+    again = note(project, request)
+    assert again
+    assert again.started > first.started
+
+
+@pytest.mark.parametrize("what", ["bug", "full"])
+def test_after_another_error_a_retry_tries_again(project: Path, what: str) -> None:
+    request = plan(project, what)
+    assert run(project, request)[0] == 1
+    code, errors = run(project, request, attempt=2)
+    assert (code, "not tried again" in errors) == (1, False)
+    found = note(project, request)
+    assert found
+    assert (found.permanent, found.number) == (False, 2)
+
+
+def test_success_leaves_no_note(project: Path) -> None:
+    request = plan(project, "work")
+    assert run(project, request)[0] == 0
+    assert note(project, request) is None
+    assert not list((project / "results").rglob("*attempt*"))
+
+
+def test_signals_and_kills_can_be_told_apart_afterwards(project: Path) -> None:
+    request = plan(project, "wait")
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        process = start(project, request)
+        assert process.stdout
+        assert process.stdout.readline() == "waiting\n"
+        running = note(project, request)
+        assert running
+        assert (running.pid, running.ended) == (process.pid, None)
+        process.send_signal(number)
+        process.communicate(timeout=60)
+        found = note(project, request)
+        assert found
+        if number == signal.SIGTERM:
+            assert (found.error, found.exit_code) == ("stopped by SIGTERM", 143)
+        else:
+            assert found == running
+
+
+def test_a_second_process_waits_and_finds_the_artefact(project: Path) -> None:
+    request = plan(project, "wait")
+    first = start(project, request)
+    assert first.stdout
+    assert first.stdout.readline() == "waiting\n"
+    second = start(project, request, attempt=2)
+    assert second.stderr
+    assert f"waiting for process {first.pid} on" in second.stderr.readline()
+    assert len(results(project)) == 1
+    (project / "go").touch()
+    assert first.wait(timeout=60) == 0
+    assert "is there already" in second.communicate(timeout=60)[1]
+    assert second.returncode == 0
+    assert results(project) == [json.loads(request)["key"]]
+
+
+def test_a_process_of_another_host_is_alive_while_its_note_changes(tmp_path: Path) -> None:
+    out = tmp_path / KEY
+    begin(out, "prune", KEY, 1).fail("", 1, permanent=False)
+    mine = read_attempt(out)
+    assert mine
+    other = replace(mine, host="elsewhere", ended=None)
+    looks = []
+
+    def silence(seconds: float) -> None:
+        looks.append(seconds)
+
+    assert not is_alive(out, other, silence)
+    assert sum(looks) == 60
+
+    def sign(seconds: float) -> None:
+        os.utime(attempt_path(out), (1, 1))
+
+    assert is_alive(out, other, sign)
+    assert not is_alive(out, replace(other, ended=1.0), sign)

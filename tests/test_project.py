@@ -24,9 +24,8 @@ LAYERS = [
     ["recovery"],
     ["evaluation"],
     ["reporting", "experiment"],
+    ["cluster"],
 ]
-
-
 PICKLERS = {"pickle", "dill", "joblib", "cloudpickle"}
 
 
@@ -77,7 +76,7 @@ def test_imports_go_downwards() -> None:
 
 
 def test_reporting_and_planning_never_import_torch() -> None:
-    for name in ("reporting", "experiment"):
+    for name in ("reporting", "experiment", "cluster"):
         for path in (ROOT / "prunelib" / name).rglob("*.py"):
             assert not any(m.split(".")[0] == "torch" for m in imported_modules(path)), path
 

@@ -17,6 +17,7 @@ import pytest
 
 from prunelib.errors import InputError, IntegrityError
 from prunelib.provenance import artefact, environment, keys, liveness, lock
+from prunelib.provenance import fingerprint as fingerprints
 from prunelib.provenance.fingerprint import ROOT, fingerprint, unlisted_modules
 
 TREE = {
@@ -674,3 +675,40 @@ def test_of_many_launches_at_once_one_takes_over_a_stale_lock(tmp_path: Path) ->
 def test_host_names_fit_into_file_names(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(socket, "gethostname", lambda: "node/17 a-b.cluster")
     assert liveness.host_name() == "node_17_a-b.cluster"
+
+
+# --- parsed files kept between processes ----------------------------------------------------------
+
+
+def test_kept_parses_give_the_same_fingerprint_and_an_edit_is_seen(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source = tmp_path / "code" / "prunelib" / "__init__.py"
+    source.parent.mkdir(parents=True)
+    source.touch()
+    script = tmp_path / "code" / "step.py"
+    script.write_text("import prunelib\n\ndef work():\n    return 41\n")
+    kept = tmp_path / "parsed.json"
+    fresh = fingerprint(["step.py"], script.parent)
+    fingerprints.save_parsed(kept)
+    monkeypatch.setattr(fingerprints, "_parsed", {})
+    fingerprints.load_parsed(kept)
+    with monkeypatch.context() as patch:
+        patch.setattr(fingerprints, "_parse_anew", None)  # nothing is parsed again
+        assert fingerprint(["step.py"], script.parent) == fresh
+    script.write_text("import prunelib\n\ndef work():\n    return 42\n")
+    assert fingerprint(["step.py"], script.parent).digest != fresh.digest
+
+
+@pytest.mark.parametrize("damage", ["not json", '{"by": "another version", "files": {"x": 1}}', ""])
+def test_kept_parses_that_are_damaged_or_of_another_version_are_passed_by(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, damage: str
+) -> None:
+    kept = tmp_path / "parsed.json"
+    kept.write_text(damage)
+    monkeypatch.setattr(fingerprints, "_parsed", {})
+    fingerprints.load_parsed(kept)
+    assert fingerprints._parsed == {}
+    fingerprint(["workflow_scripts/prune.py"])
+    fingerprints.save_parsed(kept)
+    assert json.loads(kept.read_text())["files"].keys() == fingerprints._parsed.keys()

@@ -6,10 +6,25 @@ default). Inputs: ``checkpoint``, and ``adapter`` where there is one.
 """
 
 import json
+import os
 from pathlib import Path
 
 from prunelib.data.parameters import required
 from prunelib.provenance.step import StepRequest, run_step
+
+
+def node_alone() -> bool | None:
+    """Whether no other SLURM job can share the node; None outside of SLURM, False if unknown."""
+    from prunelib.cluster.slurm import has_node_alone
+    from prunelib.errors import PrunelibError
+
+    job = os.environ.get("SLURM_JOB_ID")
+    if not job:
+        return None
+    try:
+        return has_node_alone(job)
+    except PrunelibError:
+        return False
 
 
 def main(request: StepRequest, out: Path) -> None:
@@ -36,6 +51,10 @@ def main(request: StepRequest, out: Path) -> None:
         "hardware_class": hardware_class,
         "dtype": dtype,
     }
+    alone = node_alone()
+    metrics["conditions"]["node_alone"] = alone
+    # A neighbour that happened to be quiet is no promise.
+    metrics["comparable"] = metrics["comparable"] and alone is not False
     (out / "metrics.json").write_text(json.dumps(metrics, indent=1) + "\n", encoding="utf-8")
 
 

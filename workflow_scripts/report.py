@@ -9,6 +9,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from prunelib.cluster.progress import why_missing
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.reporting.build import build
@@ -27,7 +28,11 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     try:
-        description = Experiment.load(options.experiment, options.catalogue).report()
+        experiment = Experiment.load(options.experiment, options.catalogue)
+        description = experiment.report()
+        if options.partial:
+            for cell, told in zip(experiment.cells, description["cells"], strict=True):
+                told["failures"] = why_missing(cell.steps)
         path = build(description, options.out, published=PUBLISHED, partial=options.partial)
     except PrunelibError as error:
         print(f"report: {error}", file=sys.stderr)

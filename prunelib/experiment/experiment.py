@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +158,7 @@ class Experiment:
                 raise InputError(f"{self.path}: targets[{number}]: {error}") from error
         return targets
 
+    @cache  # noqa: B019
     def geometry(self, model: str) -> dict[str, Any]:
         """Return the published config of a model, reduced to what shapes need.
 
@@ -227,6 +228,7 @@ class Experiment:
     def _family(self, model: str) -> str:
         return family_module(str(self.geometry(model)["model_type"]))
 
+    @cache  # noqa: B019
     def _model(self, name: str) -> Node:
         entry = dict(self.catalogues["models"][name])
         for unused in ("licence_url", "citation"):
@@ -234,6 +236,7 @@ class Experiment:
         params = entry | {"name": name, "geometry": self.geometry(name)}
         return Node("fetch_model", (name,), params, {})
 
+    @cache  # noqa: B019
     def _text(self, name: str) -> Node:
         entry = dict(
             lookup(self.catalogues["texts"], name, "text", str(self.config / "texts.yaml"))
@@ -243,6 +246,7 @@ class Experiment:
         step = "fetch_analogies" if entry["format"] == "analogies" else "fetch_text"
         return Node(step, (name,), entry | {"name": name}, {})
 
+    @cache  # noqa: B019
     def _calibration(self, model: str, seed: int) -> Node:
         name = self.data["calibration"]
         entry = self.catalogues["calibration"][name]
@@ -250,6 +254,7 @@ class Experiment:
         inputs = {"text": self._text(entry["text"]), "model": self._model(model)}
         return Node("calibration", (name, model, f"seed{seed}"), params, inputs)
 
+    @cache  # noqa: B019
     def _statistics(self, model: str, name: str, seed: int) -> Node:
         compute = self._compute | {"batch_windows": self.data["compute"]["batch_windows"]}
         inputs = {"model": self._model(model), "calibration": self._calibration(model, seed)}
@@ -264,6 +269,7 @@ class Experiment:
     def _seeded(self, method: Method) -> bool:
         return bool(method.statistics) or method.seeded
 
+    @cache  # noqa: B019
     def _scores(self, model: str, variant: str, seed: int) -> Node:
         entry = self.catalogues["methods"][variant]
         method = self.methods[variant]
@@ -283,6 +289,7 @@ class Experiment:
         modules = (method_module(entry["method"]), self._family(model))
         return Node("scores", labels, params, inputs, modules)
 
+    @cache  # noqa: B019
     def _prune(self, model: str, variant: str, target: Target, seed: int) -> Node:
         entry = self.catalogues["methods"][variant]
         method = self.methods[variant]

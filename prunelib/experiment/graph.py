@@ -82,6 +82,16 @@ class Node:
         """The file that Snakemake waits for."""
         return str(self.directory / artefact.RECORD)
 
+    @property
+    def name(self) -> str:
+        """What people call it: the step, then model, method, target and seed as far as they go."""
+        return f"{self.step} of {'/'.join(self.labels)}"
+
+    @property
+    def log(self) -> Path:
+        """Where the workflow writes the step's log."""
+        return Path("logs", self.step, *self.labels, f"{self.key}.log")
+
     def request(self) -> str:
         """Return the step's request as one line of JSON."""
         return StepRequest(

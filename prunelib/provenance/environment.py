@@ -66,6 +66,33 @@ def git_state(root: Path) -> dict[str, Any] | None:
     return {"commit": commit, "dirty": bool(dirty)}
 
 
+def visible_gpus() -> list[dict[str, str]] | None:
+    """Return uuid, name, driver and memory of the GPUs that this process was given.
+
+    ``CUDA_VISIBLE_DEVICES`` decides, which SLURM sets to what the job got. None where
+    ``nvidia-smi`` does not answer: then there is no NVIDIA driver.
+    """
+    command = [
+        "nvidia-smi",
+        "--format=csv,noheader",
+        "--query-gpu=uuid,name,driver_version,memory.total",
+    ]
+    devices = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if devices == "":
+        return []
+    if devices:
+        command.append(f"--id={devices}")
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return None
+    names = ("uuid", "name", "driver", "memory")
+    return [
+        dict(zip(names, (value.strip() for value in line.split(",")), strict=True))
+        for line in done.stdout.splitlines()
+    ]
+
+
 def peak_memory_bytes() -> int:
     """Return the peak resident memory of this process in bytes (VmHWM where there is one)."""
     try:

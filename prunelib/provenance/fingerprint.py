@@ -18,8 +18,12 @@ import ast
 import hashlib
 import importlib.util
 import json
+import os
+import socket
+import sys
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +32,7 @@ from prunelib.errors import InputError
 
 LIBRARY = "prunelib"
 ROOT = Path(__file__).resolve().parents[2]
-_NEUTRAL = "prunelib.provenance"
+_NEUTRAL = ("prunelib.provenance", "prunelib.cluster")
 _FUNCTIONS_AND_CLASSES = (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)
 
 
@@ -109,9 +113,58 @@ class _Normaliser(ast.NodeTransformer):
         return node
 
 
-@cache
+_parsed: dict[str, _Source] = {}
+"""Parsed files by the sha256 of their content, so that an edit is always seen."""
+
+
 def _parse(source: bytes, origin: str) -> _Source:
-    """Parse one file; cached by content, so an edit is always seen."""
+    name = hashlib.sha256(source).hexdigest()
+    if name not in _parsed:
+        _parsed[name] = _parse_anew(source, origin)
+    return _parsed[name]
+
+
+@cache
+def _parsed_by() -> str:
+    """Return what decides the outcome of parsing, besides the file: this module and Python."""
+    own = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+    return f"{own} {sys.version_info.major}.{sys.version_info.minor}"
+
+
+def load_parsed(path: Path) -> None:
+    """Take over what ``save_parsed`` kept; a file of another version, or damaged, is passed by.
+
+    Parsing all sources is most of the time that building a small DAG takes.
+    """
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(path.read_bytes())
+        if content["by"] == _parsed_by():
+            for name, (definitions, imports) in content["files"].items():
+                _parsed[name] = _Source(
+                    tuple((str(text), str(digest)) for text, digest in definitions),
+                    tuple(_Import(module, level, tuple(names)) for module, level, names in imports),
+                )
+
+
+def save_parsed(path: Path) -> None:
+    """Keep the parsed files for other processes, if there are any that ``path`` does not hold."""
+    with suppress(OSError, ValueError, TypeError, KeyError):
+        content = json.loads(path.read_bytes())
+        if content["by"] == _parsed_by() and content["files"].keys() >= _parsed.keys():
+            return
+    files = {
+        name: (source.definitions, [(i.module, i.level, i.names) for i in source.imports])
+        for name, source in _parsed.items()
+    }
+    draft = path.with_name(f"{path.name}.{socket.gethostname()}-{os.getpid()}")
+    # It only saves time: a directory that cannot be written is no reason to stop.
+    with suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        draft.write_text(json.dumps({"by": _parsed_by(), "files": files}), encoding="utf-8")
+        draft.replace(path)
+
+
+def _parse_anew(source: bytes, origin: str) -> _Source:
     try:
         tree = ast.parse(source)
     except (SyntaxError, ValueError) as error:
@@ -143,11 +196,11 @@ def _is_script(name: str) -> bool:
 
 
 def _is_neutral(name: str) -> bool:
-    """Whether a module cannot change a number: the package's root, errors and provenance.
+    """Whether a module cannot change a number: the package's root, errors, provenance, cluster.
 
     Every script imports them, so hashing them would make each of their edits rerun everything.
     """
-    return name in (LIBRARY, f"{LIBRARY}.errors", _NEUTRAL) or name.startswith(f"{_NEUTRAL}.")
+    return name in (LIBRARY, f"{LIBRARY}.errors") or ".".join(name.split(".")[:2]) in _NEUTRAL
 
 
 def _package(name: str, root: Path) -> tuple[Path | None, tuple[Path, ...]]:
@@ -167,20 +220,35 @@ def _package(name: str, root: Path) -> tuple[Path | None, tuple[Path, ...]]:
     return file, tuple(Path(place) for place in spec.submodule_search_locations or ())
 
 
+@dataclass
+class Snapshot:
+    """Files and places looked at so far, for calls that shall see one state of the code."""
+
+    sources: dict[Path, _Source] = field(default_factory=dict)
+    places: dict[tuple[Path, str], Path | None] = field(default_factory=dict)
+
+
 class _Closure:
     """Collects the files that the entries reach: name -> path."""
 
-    def __init__(self, root: Path, tops: Iterable[str]) -> None:
+    def __init__(self, root: Path, tops: Iterable[str], seen: Snapshot) -> None:
         self.root = root
+        self.seen = seen
         self.packages = {top: _package(top, root) for top in tops}
         self.files: dict[str, Path] = {}
         self.pending: list[str] = []
 
     def locate(self, module: str) -> Path | None:
         """Return the source file of a dotted name, None if it is not a module of ours."""
-        top, *rest = module.split(".")
-        if top not in self.packages:
+        if module.split(".")[0] not in self.packages:
             return None
+        place = (self.root, module)
+        if place not in self.seen.places:
+            self.seen.places[place] = self._look_for(module)
+        return self.seen.places[place]
+
+    def _look_for(self, module: str) -> Path | None:
+        top, *rest = module.split(".")
         file, places = self.packages[top]
         if not rest:
             return file
@@ -228,12 +296,15 @@ class _Closure:
             self.add(f"{module}.{imported}")
 
 
-def fingerprint(entry: Iterable[str], root: Path = ROOT) -> Fingerprint:
+def fingerprint(
+    entry: Iterable[str], root: Path = ROOT, seen: Snapshot | None = None
+) -> Fingerprint:
     """Return the fingerprint of the code that the entries run.
 
     Reads every file of the closure anew (parsing is cached by content), so that two calls differ
-    exactly when the code does. Relative order of top-level statements counts, because it can
-    change what a module means. ``if TYPE_CHECKING:`` blocks never run and do not count.
+    exactly when the code does; calls that share a snapshot read each file once. Relative order of
+    top-level statements counts, because it can change what a module means. ``if TYPE_CHECKING:``
+    blocks never run and do not count.
 
     Args:
         entry: dotted module names (``prunelib.methods.wanda_sp``, or a module of an installed
@@ -241,13 +312,15 @@ def fingerprint(entry: Iterable[str], root: Path = ROOT) -> Fingerprint:
             (``workflow_scripts/prune.py``). Imports are followed into prunelib, into the top-level
             packages of the entries, and from scripts into the files beside them.
         root: the directory that contains prunelib.
+        seen: what earlier calls have read, and this one adds to.
 
     Raises:
         InputError: an entry does not exist, or a file is not valid Python.
     """
+    seen = seen or Snapshot()
     entries = sorted(set(entry))
     modules = [name for name in entries if not _is_script(name)]
-    closure = _Closure(root, {LIBRARY, *(name.split(".")[0] for name in modules)})
+    closure = _Closure(root, {LIBRARY, *(name.split(".")[0] for name in modules)}, seen)
     for name in entries:
         if _is_script(name):
             path = root / name
@@ -260,7 +333,9 @@ def fingerprint(entry: Iterable[str], root: Path = ROOT) -> Fingerprint:
     while closure.pending:
         name = closure.pending.pop()
         path = closure.files[name]
-        sources[name] = _parse(path.read_bytes(), str(path))
+        if path not in seen.sources:
+            seen.sources[path] = _parse(path.read_bytes(), str(path))
+        sources[name] = seen.sources[path]
         for statement in sources[name].imports:
             closure.follow(name, statement)
     return _combine({name: sources[name] for name in sorted(sources) if not _is_neutral(name)})

@@ -47,11 +47,22 @@ def canonical_json(value: Any, where: str) -> str:
             that JSON does not have; the message names the place, beginning with ``where``.
     """
     _refuse_what_json_lacks(value, where)
+    return _dump(value)
+
+
+def _dump(value: Any) -> str:
     return json.dumps(value, sort_keys=True, separators=(",", ":"), allow_nan=False)
 
 
 def _refuse_what_json_lacks(value: Any, where: str) -> None:
-    if isinstance(value, Mapping):
+    # By exact type first: this runs over every value of every key while the DAG is built.
+    kind = type(value)
+    if kind is str or kind is int or kind is bool or value is None:
+        return
+    if isinstance(value, float):
+        if not math.isfinite(value):
+            raise InputError(f"{where}: {value!r} is not a finite number")
+    elif isinstance(value, Mapping):
         for name, item in value.items():
             if not isinstance(name, str):
                 raise InputError(f"{where}: key {name!r} is not a string")
@@ -59,10 +70,7 @@ def _refuse_what_json_lacks(value: Any, where: str) -> None:
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
             _refuse_what_json_lacks(item, f"{where}[{index}]")
-    elif isinstance(value, float):
-        if not math.isfinite(value):
-            raise InputError(f"{where}: {value!r} is not a finite number")
-    elif not (value is None or isinstance(value, str | int)):
+    elif not isinstance(value, str | int):
         raise InputError(f"{where}: a {type(value).__name__} cannot be part of a key")
 
 
@@ -93,5 +101,7 @@ def step_key(
         "upstream": dict(upstream),
         "packages": dict(packages),
     }
-    text = canonical_json(payload, f"key of step {step!r}")
+    # The rest is text of our own; the parameters are what may hold anything.
+    _refuse_what_json_lacks(payload["params"], f"key of step {step!r}.params")
+    text = _dump(payload)
     return hashlib.sha256(text.encode()).hexdigest()[:16]

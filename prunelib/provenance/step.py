@@ -21,7 +21,14 @@ from typing import Any, NoReturn
 
 from prunelib.errors import InputError, IntegrityError, PrunelibError
 from prunelib.provenance import artefact, environment
-from prunelib.provenance.fingerprint import ROOT, Fingerprint, fingerprint, unlisted_modules
+from prunelib.provenance.attempt import begin, read_attempt, wait_for_others
+from prunelib.provenance.fingerprint import (
+    ROOT,
+    Fingerprint,
+    Snapshot,
+    fingerprint,
+    unlisted_modules,
+)
 from prunelib.provenance.keys import package_versions, step_key
 
 _log = logging.getLogger(__name__)
@@ -120,10 +127,12 @@ def _texts(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 Main = Callable[[StepRequest, Path], None]
 
+_PLANNED = Snapshot()
+
 
 @cache
 def _planned_code(entry: tuple[str, ...]) -> Fingerprint:
-    return fingerprint(entry)
+    return fingerprint(entry, seen=_PLANNED)
 
 
 def planned_key(
@@ -135,9 +144,9 @@ def planned_key(
 ) -> str:
     """Return the key that a step is going to have; called while the DAG is built.
 
-    One process sees one state of the code: each entry is fingerprinted once, so that a file saved
-    while the DAG is built cannot make two keys of one DAG disagree. The step itself reads the code
-    anew and refuses if it has changed.
+    One process sees one state of the code: each file is read once, so that one saved while the DAG
+    is built cannot make two keys of one DAG disagree. The step itself reads the code anew and
+    refuses if it has changed.
 
     Args:
         step: name of the step.
@@ -214,6 +223,8 @@ def _make(request: StepRequest, main: Main, check: Callable[[Fingerprint], None]
         "packages": versions,
         **environment.describe(ROOT),
     }
+    if request.params.get("device", "cpu") != "cpu":
+        provenance["gpus"] = environment.visible_gpus()
     return artefact.commit(
         request.out, lambda scratch: main(request, scratch), provenance, check_before_commit
     )
@@ -251,10 +262,14 @@ def _refuse_unlisted_script(request: StepRequest) -> None:
         raise PrunelibError(f"the script {name} is not among the step's code entries")
 
 
+class _Stopped(SystemExit):
+    """A signal asked the step to end."""
+
+
 def _stop(number: int, frame: FrameType | None) -> NoReturn:
     # A second signal must not interrupt the removal of the scratch directory.
     signal.signal(number, signal.SIG_IGN)
-    raise SystemExit(128 + number)
+    raise _Stopped(128 + number)
 
 
 def run_step(main: Main) -> None:
@@ -263,6 +278,10 @@ def run_step(main: Main) -> None:
     Ends the process with an error's own exit code and one line ``error: <step>: <message>`` for
     errors meant for people, with a traceback and exit code 1 for all others, and with 128 plus the
     signal's number, nothing left behind, for SIGTERM, SIGINT and SIGHUP.
+
+    How a try ended is kept beside the target until the artefact is there, see
+    ``prunelib.provenance.attempt``. ``--attempt`` numbers the tries of one run: after an error that
+    is permanent, later tries end at once with the same line.
     """
     logging.basicConfig(
         level=logging.INFO,
@@ -275,17 +294,36 @@ def run_step(main: Main) -> None:
             signal.signal(number, _stop)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--request", required=True, help="the step's request, as JSON")
+    parser.add_argument("--attempt", type=int, default=1, help="1 for the first try of a run")
+    arguments = parser.parse_args()
     step = Path(sys.argv[0]).stem
     try:
-        request = StepRequest.from_json(parser.parse_args().request)
+        request = StepRequest.from_json(arguments.request)
         step = request.step
         _refuse_unlisted_script(request)
-        _execute(request, main, _refuse_unlisted)
     except PrunelibError as error:
         _fail(step, str(error), error.exit_code)
+    wait_for_others(request.out)
+    before = read_attempt(request.out)
+    if arguments.attempt > 1 and before and before.permanent and before.key == request.key:
+        _fail(step, f"{before.error} (not tried again)", before.exit_code or 1)
+    running = begin(request.out, step, request.key, arguments.attempt)
+    try:
+        _execute(request, main, _refuse_unlisted)
+    except PrunelibError as error:
+        running.fail(str(error), error.exit_code, permanent=error.permanent)
+        _fail(step, str(error), error.exit_code)
+    except _Stopped as stopped:
+        code = int(str(stopped.code))
+        name = signal.Signals(code - 128).name
+        running.fail(f"stopped by {name}", code, permanent=False)
+        raise
     except Exception as error:
         traceback.print_exc()
-        _fail(step, f"{type(error).__name__}: {error}", 1)
+        message = f"{type(error).__name__}: {error}"
+        running.fail(message, 1, permanent=False)
+        _fail(step, message, 1)
+    running.succeed()
 
 
 def _fail(step: str, message: str, code: int) -> NoReturn:

@@ -253,11 +253,15 @@ def prune_zero(report: Report, cell: Cell) -> list[Flag]:
 
 
 def disturbed(report: Report, cell: Cell) -> list[Flag]:
-    """Other processes kept the machine busy while the latency was measured."""
+    """Other processes kept the machine busy, or could have, while latency was measured."""
     metrics = cell.content("efficiency")
     if metrics.get("comparable", True):
         return []
-    busy = (metrics.get("conditions") or {}).get("foreign_cpus")
+    conditions = metrics.get("conditions") or {}
+    if conditions.get("node_alone") is False:
+        message = "latency was measured on a node shared with other jobs: not comparable"
+        return [Flag("shared node", "warning", (cell.id,), message)]
+    busy = conditions.get("foreign_cpus")
     load = f" ({busy:.2f} CPUs)" if isinstance(busy, int | float) else ""
     message = f"other processes were busy{load} while latency was measured: not comparable"
     return [Flag("disturbed timing", "warning", (cell.id,), message)]

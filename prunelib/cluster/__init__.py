@@ -1,0 +1,1 @@
+"""What the workflow needs of a cluster: resources per step, and the cost of an experiment."""

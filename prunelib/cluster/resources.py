@@ -1,0 +1,748 @@
+"""Resources of every step: memory, GPUs, time and disk, from the arithmetic of what it does.
+
+Everything follows from the model's shapes and the step's parameters; nothing is fetched or loaded,
+and nothing here imports torch: the workflow asks while it plans. Rates, factors and limits come
+from ``config/cluster.yaml``. Where a formula takes an upper bound it says so; a pruned model has
+the unpruned model's widths as its bound, and its target's ratio for its weights.
+
+Sizes are in bytes and rates per second unless a name says otherwise; ``_mb`` is MiB, as in SLURM.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from prunelib.checkpoint import SHARD_BYTES
+from prunelib.cluster.settings import DEVICE_STEPS, Cluster, Gpu
+from prunelib.errors import InputError
+from prunelib.experiment.graph import Node
+from prunelib.families import family_of
+from prunelib.recovery.lora import LoraRecipe, parse_recipe, total_steps
+
+MIB = 1024**2
+GB = 10**9
+ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
+
+# Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
+# holds the copies equal.
+GRAPH_BYTES = 256 * MIB
+HEAD_BYTES = 64 * MIB
+LOSS_CHUNK = 256
+EVALUATION_TOKENS = {"cpu": 1024, "cuda": 16384}
+LOGITS_CHUNK = 2048
+LOGITS_SHARE = 8
+
+# glibc takes larger blocks from the system one by one and gives them back.
+HEAP_BLOCK_BYTES = 32 * MIB
+# Measured: by this share the heap around the graphs of all layers is larger than they are.
+HEAP_SHARE = 0.2
+# A tokenised text: ids, masks, offsets and the tokens' strings, until the ids alone are kept.
+TOKEN_BYTES = 300
+CHARACTERS_PER_TOKEN = 4
+TOKENIZER_BYTES = 10 * 10**6
+# Metrics, windows, summaries.
+SMALL_BYTES = 10**6
+# A backward pass goes through every product twice; LoRA's frozen weights need one of the two.
+RECOVERY_FORWARDS = 2.5
+GRADIENT_FORWARDS = 4
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one job asks for.
+
+    Attributes:
+        gpus: GPUs of the type asked about.
+        mem_mb: host memory, MiB.
+        runtime: minutes.
+        cpus: CPU cores.
+        exclusive: whether the node must run nothing else (timings).
+        gpu_mem_mb: estimated need on the device, MiB, all GPUs together; 0 without GPUs.
+        disk_mb: size of the artefact that it leaves, MiB.
+        seconds: expected time, before the safety factor.
+        explanation: one sentence, how memory follows from the step's arithmetic.
+    """
+
+    gpus: int
+    mem_mb: int
+    runtime: int
+    cpus: int
+    exclusive: bool
+    gpu_mem_mb: int
+    disk_mb: int
+    seconds: float
+    explanation: str
+
+
+@dataclass(frozen=True)
+class Model:
+    """Shapes of an unpruned model.
+
+    Attributes:
+        parameters: tied ones once.
+        block: parameters of one layer.
+        layers: number of layers.
+        hidden: width of the residual stream.
+        attention: width of the queries of all heads.
+        kv: width of the keys of all kv heads.
+        inner: width of the MLP.
+        vocabulary: entries of the head.
+        tied: whether the embedding is the head.
+        positions: longest sequence.
+        dtype: of the stored weights.
+        heads: number of query heads.
+        linears: (outputs, inputs) of a layer's linear maps, by the last part of their names.
+    """
+
+    parameters: int
+    block: int
+    layers: int
+    hidden: int
+    attention: int
+    kv: int
+    inner: int
+    vocabulary: int
+    tied: bool
+    positions: int
+    dtype: str
+    heads: int
+    linears: Mapping[str, tuple[int, int]]
+
+    @property
+    def item(self) -> int:
+        """Bytes of a stored weight."""
+        return ITEM_BYTES[self.dtype]
+
+    @property
+    def largest(self) -> int:
+        """Entries of the largest tensor of a layer."""
+        return max(rows * columns for rows, columns in self.linears.values())
+
+    def kv_cache_bytes(self, tokens: int, item: int) -> int:
+        """Return the size of the key-value cache of ``tokens`` positions, all sequences summed."""
+        return 2 * self.layers * self.kv * tokens * item
+
+    def lora_parameters(self, recipe: LoraRecipe) -> int:
+        """Return the adapters' parameters: ``r (inputs + outputs)`` per target."""
+        sizes = [sum(self.linears[name]) for name in recipe.targets if name in self.linears]
+        return recipe.r * self.layers * sum(sizes)
+
+    def forward_token_bytes(self, item: int) -> int:
+        """Return what one token holds at the widest place of a layer's forward pass.
+
+        The residual stream, its normalised copy and two temporaries; gate, up, activation and
+        their product.
+        """
+        return item * 4 * (self.hidden + max(self.inner, self.attention))
+
+    def graph_token_bytes(self, item: int) -> int:
+        """Return what one layer keeps of one token for its backward pass.
+
+        Both norms (fp32 input and normalised copy, output in ``item``); q, k, v with k and v
+        repeated per query head, attention output and its copy; gate, up, activation, product.
+        """
+        norms = 2 * self.hidden * (2 * 4 + item)
+        return norms + item * (5 * self.attention + 4 * self.inner)
+
+    def flops(self, parameters: int) -> float:
+        """Return the FLOPs of one token's forward pass through ``parameters`` weights.
+
+        Looking an embedding up is no product, except that a tied one is the head, too.
+        """
+        looked_up = 0 if self.tied else self.vocabulary * self.hidden
+        return 2.0 * (parameters - looked_up)
+
+
+def model_of(node: Node) -> Model | None:
+    """Return the unpruned model that a step works on; None for steps on texts alone."""
+    source = _source(node)
+    return None if source is None else _model(source)
+
+
+def model_name(node: Node) -> str | None:
+    """Return the catalogue name of the model that a step works on; None for texts alone."""
+    source = _source(node)
+    return None if source is None else str(source.params["name"])
+
+
+def _source(node: Node) -> Node | None:
+    """Return the step that fetches the model of ``node``."""
+    found: Node | None = node
+    while found is not None and found.step != "fetch_model":
+        found = found.inputs.get("model") or found.inputs.get("checkpoint")
+    return found
+
+
+@cache
+def _model(source: Node) -> Model:
+    return _model_of_geometry(json.dumps(source.params["geometry"], sort_keys=True))
+
+
+@cache
+def _model_of_geometry(text: str) -> Model:
+    geometry = json.loads(text)
+    family = family_of(geometry)
+    heads = int(geometry["num_attention_heads"])
+    width = int(geometry.get("head_dim") or int(geometry["hidden_size"]) // heads)
+    stored = str(geometry.get("dtype") or geometry.get("torch_dtype")).removeprefix("torch.")
+    return Model(
+        parameters=family.parameters(geometry),
+        block=family.block_parameters(geometry),
+        layers=int(geometry["num_hidden_layers"]),
+        hidden=int(geometry["hidden_size"]),
+        attention=heads * width,
+        kv=int(geometry.get("num_key_value_heads") or heads) * width,
+        inner=int(geometry["intermediate_size"]),
+        vocabulary=int(geometry["vocab_size"]),
+        tied=bool(geometry.get("tie_word_embeddings", False)),
+        # Some published configs leave it to the architecture's default.
+        positions=int(geometry.get("max_position_embeddings") or 1 << 30),
+        dtype=stored if stored in ITEM_BYTES else "float32",
+        heads=heads,
+        linears={
+            name.removesuffix(".weight").rpartition(".")[2]: (shape[0], shape[1])
+            for name, shape in family.layer_shapes(geometry).items()
+            if len(shape) == 2
+        },
+    )
+
+
+def remaining_parameters(checkpoint: Node) -> int:
+    """Return an upper bound of a checkpoint's parameters.
+
+    Parameter targets are met to half a block (depth pruning takes the nearest count of blocks), so
+    the ratio is believed up to that; other targets bound nothing that holds for every method.
+    """
+    while checkpoint.step == "merge":
+        checkpoint = checkpoint.inputs["checkpoint"]
+    model = model_of(checkpoint)
+    assert model is not None
+    if checkpoint.step != "prune" or checkpoint.params["target"]["kind"] != "parameters":
+        return model.parameters
+    share = 1 - float(checkpoint.params["target"]["value"])
+    return min(model.parameters, math.ceil(model.parameters * share + model.block / 2))
+
+
+@dataclass(frozen=True)
+class Term:
+    """A part of the memory need; ``estimated`` ones get the step's safety factor."""
+
+    label: str
+    size: float
+    estimated: bool = True
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a step holds and does.
+
+    Attributes:
+        device: memory on the compute device.
+        host: memory of the host besides.
+        flops: matrix products on the device.
+        moved: bytes that must pass through the device's memory beyond the products.
+        host_seconds: reading, writing, hashing and plain loops on the host.
+        disk: size of the artefact.
+    """
+
+    device: tuple[Term, ...] = ()
+    host: tuple[Term, ...] = ()
+    flops: float = 0.0
+    moved: float = 0.0
+    host_seconds: float = 0.0
+    disk: float = SMALL_BYTES
+
+
+@dataclass(frozen=True, eq=False)
+class _Case:
+    """A step on a cluster, with what its formulas look at."""
+
+    node: Node
+    cluster: Cluster
+    gpu: Gpu
+
+    @property
+    def on_gpu(self) -> bool:
+        return self.cluster.wants_gpu(self.node)
+
+    @property
+    def model(self) -> Model:
+        model = model_of(self.node)
+        assert model is not None
+        return model
+
+    @property
+    def usable(self) -> float:
+        """Bytes of one GPU that tensors get."""
+        return self.gpu.memory_gb * GB * self.cluster.usable
+
+    @property
+    def item(self) -> int:
+        """Bytes of a number in the step's products; a CPU computes in fp32."""
+        return ITEM_BYTES[str(self.node.params["dtype"])] if self.on_gpu else 4
+
+    def param(self, name: str) -> Any:
+        return self.node.params[name]
+
+    def text_tokens(self, split: str) -> int:
+        """Expected tokens of a split of the step's text."""
+        text = self.node.inputs["text"].params
+        share = float(text.get("split", {}).get(split, 1))
+        return math.ceil(self.cluster.tokens_of(str(text["name"])) * share)
+
+    def read_seconds(self, size: float) -> float:
+        return size / GB * (1 / self.cluster.host.disk_gbs + 1 / self.cluster.host.hash_gbs)
+
+    def mapped(self, what: str, size: float) -> Term:
+        share = self.cluster.host.mapped_share
+        counted = "" if share == 1 else f", of which {share:.0%} count"
+        return Term(what + counted, size * share, estimated=False)
+
+
+def _billions(count: float) -> str:
+    return f"{count / GB:.4g}e9" if count >= GB else f"{count / 1e6:.4g}e6"
+
+
+def _loaded(case: _Case, parameters: int) -> tuple[tuple[Term, ...], tuple[Term, ...], float]:
+    """Return device terms, host terms and seconds of ``checkpoint.load_model``.
+
+    On a CPU fp32 weights are views of the mapped file; weights of another dtype are converted in
+    memory, and bf16 weights are rounded first and widened after. Before they go to a single GPU,
+    weights of another dtype are converted on the host; with several each goes there by itself.
+    """
+    stored = parameters * case.model.item
+    seconds = case.read_seconds(stored)
+    item, count = case.item, _billions(parameters)
+    if case.on_gpu:
+        weights = Term(f"weights {count} x {item} B", parameters * item, estimated=False)
+        host = [case.mapped(f"mapped weight file {count} x {case.model.item} B", stored)]
+        if case.param("dtype") != case.model.dtype and weights.size <= case.usable:
+            label = f"their conversion to {case.param('dtype')}"
+            host.append(Term(label, weights.size, estimated=False))
+        return (weights,), tuple(host), seconds
+    terms = [Term(f"weights {count} x 4 B", parameters * 4, estimated=False)]
+    if case.param("dtype") == "bfloat16":
+        terms.append(Term(f"their rounding to {count} x 2 B", parameters * 2, estimated=False))
+    elif case.model.dtype != "float32":
+        terms.append(case.mapped(f"mapped weight file {count} x {case.model.item} B", stored))
+    return tuple(terms), (), seconds
+
+
+def _tokenised(tokens: int) -> Term:
+    return Term(f"tokenised text {tokens:,} x {TOKEN_BYTES} B", tokens * TOKEN_BYTES)
+
+
+def _fetch_model(case: _Case) -> Work:
+    stored = case.model.parameters * case.model.item
+    host: tuple[Term, ...] = ()
+    if str(case.param("source")).endswith(".gguf"):
+        count = _billions(case.model.parameters)
+        host = (Term(f"dequantised weights {count} x 4 B, twice", 8 * case.model.parameters),)
+    elif case.node.params.get("weights") == "bin":
+        shard = min(stored, case.cluster.host.shard_gb * GB)
+        host = (Term("a pickled shard and its copy", 2 * shard),)
+    seconds = stored / GB / case.cluster.host.network_gbs + case.read_seconds(stored)
+    return Work(host=host, host_seconds=seconds, disk=stored + TOKENIZER_BYTES)
+
+
+def _fetch_text(case: _Case) -> Work:
+    size = case.cluster.tokens_of(case.param("name")) * CHARACTERS_PER_TOKEN
+    return Work(host=(Term("the articles, twice", 2 * size),), host_seconds=60, disk=size)
+
+
+def _fetch_analogies(case: _Case) -> Work:
+    return Work(disk=2 * SMALL_BYTES)
+
+
+def _calibration(case: _Case) -> Work:
+    tokens = case.text_tokens("calibration")
+    return Work(host=(_tokenised(tokens),), host_seconds=tokens / 1e5)
+
+
+def _tasks_data(case: _Case) -> Work:
+    text = case.text_tokens("evaluation") * CHARACTERS_PER_TOKEN
+    return Work(host=(Term("the articles and their sentences", 10 * text),), host_seconds=10)
+
+
+def _statistics(case: _Case) -> Work:
+    """Return the work of a statistic pass: one forward, or one forward and one backward pass."""
+    model, item = case.model, case.item
+    calibration = case.node.inputs["calibration"].params
+    windows, length = calibration["windows"], calibration["length"]
+    batches = math.ceil(windows / case.param("batch_windows"))
+    batch = min(windows, case.param("batch_windows")) * length
+    tokens = windows * length
+    device, host, seconds = _loaded(case, model.parameters)
+    linears = model.linears.values()
+    if case.param("name") == "gradients":
+        # Bounded by one layer's gradients: they are reduced before the next layer's exist.
+        layer = model.block * item * min(batches, 2) + model.largest * 4
+        # A recomputed layer beside the kept graphs, and the gradients of its intermediates.
+        backward = batch * (model.graph_token_bytes(item) + item * 4 * (model.hidden + model.inner))
+        device += (
+            Term(
+                f"inputs of {model.layers} layers x {tokens:,} tokens x {model.hidden} x {item} B",
+                tokens * (model.layers + 2) * model.hidden * item,
+            ),
+            Term("kept graphs", min(GRAPH_BYTES, backward * model.layers)),
+            Term(f"one layer's graph of {batch:,} tokens", backward),
+            Term("one layer's gradients", layer),
+            Term("four chunks of logits", 4 * HEAD_BYTES),
+        )
+        # Two sums over rows and two over columns, fp32.
+        disk = model.layers * 8 * sum(rows + columns for rows, columns in linears)
+        flops = GRADIENT_FORWARDS * tokens * model.flops(model.parameters)
+    else:
+        # The hooks square the widest input in fp32 and sum it in fp64; block influence normalises
+        # the residual stream.
+        hooks = max(16 * model.inner, 20 * model.hidden)
+        device += (
+            Term(
+                f"a layer's forward pass over {batch:,} tokens",
+                batch * (model.forward_token_bytes(item) + hooks),
+            ),
+        )
+        if not case.on_gpu:
+            # The small results that every layer leaves keep the heap below them from shrinking.
+            hole = min(HEAP_BLOCK_BYTES, batch * model.inner * 4)
+            label = f"holes in the heap, {model.layers} layers x {hole / 1e6:.3g} MB"
+            device += (Term(label, model.layers * hole),)
+        disk = model.layers * 8 * sum(columns for _, columns in linears)
+        flops = tokens * model.flops(model.parameters)
+    return Work(device, host, flops, host_seconds=seconds, disk=disk + SMALL_BYTES)
+
+
+def _scores(case: _Case) -> Work:
+    """Return the work of scoring: weights are read one tensor at a time from the mapped files."""
+    model = case.model
+    disk = model.layers * 8 * (model.inner + model.kv) + SMALL_BYTES
+    if case.param("method") in case.cluster.methods_without_weights:
+        return Work(host=(Term("statistics and scores", 10 * disk),), host_seconds=5, disk=disk)
+    stored = model.parameters * model.item
+    mapped = case.mapped(f"mapped weights {_billions(model.parameters)} x {model.item} B", stored)
+    tensor = Term("three fp64 copies of the largest tensor", 3 * 8 * model.largest)
+    # fp64 copy, absolute value and power: each written and read.
+    passes = model.parameters * 6 * 8 / GB / case.cluster.host.memory_gbs
+    seconds = stored / GB / case.cluster.host.disk_gbs + passes
+    return Work(host=(mapped, tensor), host_seconds=seconds, disk=disk)
+
+
+def _written(case: _Case, parameters: int) -> tuple[Term, float]:
+    """Return the shard in memory while a checkpoint is written, and the seconds for all of it."""
+    stored = parameters * case.model.item
+    shard = Term("an output shard and what is being cut for it", 2 * min(stored, SHARD_BYTES))
+    return shard, case.read_seconds(stored)
+
+
+def _prune(case: _Case) -> Work:
+    """Return the work of surgery: one mapped source file, one output shard."""
+    model = case.model
+    kept = remaining_parameters(case.node)
+    stored = model.parameters * model.item
+    # Views of unchanged tensors keep the file before mapped until their shard is written.
+    source = min(stored, case.cluster.host.shard_gb * GB + SHARD_BYTES)
+    shard, written = _written(case, kept)
+    return Work(
+        host=(case.mapped("mapped source file", source), shard),
+        host_seconds=case.read_seconds(stored) + written,
+        disk=kept * model.item + TOKENIZER_BYTES,
+    )
+
+
+def _adapter(case: _Case, node: Node) -> tuple[LoraRecipe, int]:
+    recipe = parse_recipe(node.params["recipe"])
+    return recipe, case.model.lora_parameters(recipe)
+
+
+def _recover(case: _Case) -> Work:
+    """Return the work of LoRA: frozen weights, adapters with Adam's moments, all layers' graphs."""
+    model, item = case.model, case.item
+    recipe, adapter = _adapter(case, case.node)
+    kept = remaining_parameters(case.node.inputs["checkpoint"])
+    device, host, seconds = _loaded(case, kept)
+    batch = recipe.micro_batch * recipe.length
+    # Each target keeps its input as the adapter sees it: a bf16 copy, or what dropout leaves of it
+    # with the mask, which is fp32 on a CPU.
+    mask = 1 if case.on_gpu else 4
+    copies = (item + mask) if recipe.dropout else (item if item == 2 else 0)
+    inputs = sum(model.linears[name][1] for name in recipe.targets if name in model.linears)
+    graphs = batch * model.layers * (model.graph_token_bytes(item) + copies * inputs)
+    # Logits, their exponentials and, below fp32, a copy in each dtype.
+    logits = LOSS_CHUNK * model.vocabulary * (8 if item == 4 else 12)
+    device += (
+        Term(f"adapters {_billions(adapter)} x 16 B", adapter * 16, estimated=False),
+        Term(f"graphs of {model.layers} layers x {batch:,} tokens", graphs),
+        Term(f"{LOSS_CHUNK} positions of logits", logits),
+    )
+    if not case.on_gpu:
+        device += (Term("holes in the heap", HEAP_SHARE * graphs),)
+    text = case.text_tokens("recovery")
+    steps = total_steps(max(text // recipe.length, 1), recipe)
+    tokens = steps * recipe.batch * recipe.length
+    return Work(
+        device,
+        (*host, _tokenised(text)),
+        flops=RECOVERY_FORWARDS * tokens * model.flops(kept),
+        host_seconds=seconds + text / 1e5,
+        disk=adapter * 4 + SMALL_BYTES,
+    )
+
+
+def _merge(case: _Case) -> Work:
+    """Return the work of merging: the whole model in fp32 on the host."""
+    model = case.model
+    kept = remaining_parameters(case.node.inputs["checkpoint"])
+    count = _billions(kept)
+    host = [Term(f"weights {count} x 4 B", kept * 4, estimated=False)]
+    if model.dtype != "float32":
+        host.append(case.mapped(f"mapped weight file {count} x {model.item} B", kept * model.item))
+    _, adapter = _adapter(case, case.node.inputs["adapter"])
+    shard, written = _written(case, kept)
+    host += [
+        Term(f"adapters {_billions(adapter)} x 8 B", adapter * 8),
+        Term("the largest tensor and its change", model.largest * 8),
+        shard,
+    ]
+    return Work(
+        host=tuple(host),
+        host_seconds=case.read_seconds(kept * model.item) + written,
+        disk=kept * model.item + TOKENIZER_BYTES,
+    )
+
+
+def _evaluated(case: _Case) -> tuple[int, tuple[Term, ...], tuple[Term, ...], float, int]:
+    """Return a checkpoint's parameters, its terms and seconds, and an adapter's bytes per token."""
+    kept = remaining_parameters(case.node.inputs["checkpoint"])
+    device, host, seconds = _loaded(case, kept)
+    if "adapter" not in case.node.inputs:
+        return kept, device, host, seconds, 0
+    _, adapter = _adapter(case, case.node.inputs["adapter"])
+    device += (Term(f"adapter {_billions(adapter)} x 4 B", adapter * 4, estimated=False),)
+    # Adapters are fp32, and so are the copies of their inputs.
+    widest = 4 * max(case.model.inner, case.model.hidden)
+    return kept, device, host, seconds, widest
+
+
+def _perplexity(case: _Case) -> Work:
+    """Return the work of perplexity: one body pass per batch, logits in blocks of entries."""
+    model, item = case.model, case.item
+    kept, device, host, seconds, extra = _evaluated(case)
+    text = case.text_tokens("evaluation")
+    window = case.param("window")
+    count = max(text // window, 1)
+    if case.param("windows") is not None:
+        count = min(count, case.param("windows"))
+    most = case.node.params.get("batch_tokens")
+    most = most or EVALUATION_TOKENS["cuda" if case.on_gpu else "cpu"]
+    batch = min(count, max(1, most // window)) * window
+    entry = 4 if item == 4 else 4 + item
+    block = min(LOGITS_CHUNK, model.vocabulary * item // (LOGITS_SHARE * entry))
+    device += (
+        Term(
+            f"a layer's forward pass over {batch:,} tokens",
+            batch * (model.forward_token_bytes(item) + extra),
+        ),
+        Term(f"blocks of {block:,} logits", batch * block * entry),
+    )
+    return Work(
+        device,
+        (*host, _tokenised(text)),
+        flops=count * window * model.flops(kept),
+        host_seconds=seconds + text / 1e5,
+    )
+
+
+def _tasks(case: _Case) -> Work:
+    """Return the work of the tasks: whole logits and their fp32 log-softmax, and a cache."""
+    model, item = case.model, case.item
+    kept, device, host, seconds, extra = _evaluated(case)
+    table, names = case.cluster.tasks, case.param("tasks")
+    sizes = [table.get(name, table["default"]) for name in names]
+    longest = min(max(size.longest for size in sizes), model.positions)
+    batch = case.param("batch_size") * longest
+    # Below fp32 the log-softmax converts its input first.
+    logits = model.vocabulary * (8 if item == 4 else item + 8)
+    device += (
+        Term(f"logits of {batch:,} tokens x {model.vocabulary:,}, twice", batch * logits),
+        Term("key-value cache", model.kv_cache_bytes(batch, item), estimated=False),
+        Term("a layer's forward pass", batch * (model.forward_token_bytes(item) + extra)),
+    )
+    limit = case.node.params.get("limit") or math.inf
+    requests = [(min(size.documents, limit) * size.choices, size.tokens) for size in sizes]
+    tokens = sum(count * length for count, length in requests)
+    return Work(
+        device,
+        host,
+        flops=tokens * model.flops(kept),
+        # lm-eval builds, tokenises and collects every request in Python.
+        host_seconds=seconds + sum(count for count, _ in requests) / 500 + 10 * len(names),
+        disk=SMALL_BYTES * len(names),
+    )
+
+
+def _efficiency(case: _Case) -> Work:
+    """Return the work of the timings: prefill and decode with a cache, then MACs once."""
+    model, item = case.model, case.item
+    kept, device, host, seconds, extra = _evaluated(case)
+    batch, length, new = (case.param(name) for name in ("batch", "length", "new_tokens"))
+    prompt = batch * length
+    repeats = case.param("warmup") + case.param("repeats")
+    # MACs are counted on plain attention: scores and their fp32 softmax over all positions.
+    scores = model.heads * length * (item + 4)
+    device += (
+        Term(
+            f"key-value cache of {batch} x {length + new:,} tokens",
+            model.kv_cache_bytes(batch * (length + new), item),
+            estimated=False,
+        ),
+        Term(
+            f"a layer's forward pass over {prompt:,} tokens",
+            prompt * (model.forward_token_bytes(item) + extra + scores),
+        ),
+        Term(f"logits of {prompt:,} tokens", prompt * model.vocabulary * item),
+    )
+    return Work(
+        device,
+        host,
+        flops=(repeats + 2) * prompt * model.flops(kept),
+        # Every new token reads all weights once.
+        moved=repeats * new * kept * item,
+        host_seconds=seconds,
+    )
+
+
+_STEPS: Mapping[str, Callable[[_Case], Work]] = {
+    "fetch_model": _fetch_model,
+    "fetch_text": _fetch_text,
+    "fetch_analogies": _fetch_analogies,
+    "calibration": _calibration,
+    "tasks_data": _tasks_data,
+    "statistics": _statistics,
+    "scores": _scores,
+    "prune": _prune,
+    "recover": _recover,
+    "merge": _merge,
+    "perplexity": _perplexity,
+    "tasks": _tasks,
+    "efficiency": _efficiency,
+}
+
+
+def _need(terms: tuple[Term, ...], factor: float) -> float:
+    return sum(term.size * (factor if term.estimated else 1) for term in terms)
+
+
+def _seconds(case: _Case, work: Work, cpus: int) -> float:
+    """Return the expected time; layers spread over several GPUs compute one after another."""
+    host, share = case.cluster.host, case.cluster.utilisation
+    if case.on_gpu:
+        dtype = case.param("dtype")
+        tflops = case.gpu.float32_tflops if dtype == "float32" else case.gpu.bfloat16_tflops
+        rate, bandwidth = tflops * 1e12 * share.gpu, case.gpu.bandwidth_gbs
+    else:
+        rate, bandwidth = host.gflops_per_core * GB * cpus * share.cpu, host.memory_gbs
+    moved = work.moved / (bandwidth * GB * share.bandwidth)
+    return host.startup_seconds + work.host_seconds + work.flops / rate + moved
+
+
+def _sum(terms: tuple[Term, ...]) -> str:
+    return " + ".join(f"{term.label} ({term.size / GB:.3g} GB)" for term in terms)
+
+
+def _gpus(case: _Case, need: float, growth: float, gpu_type: str) -> int:
+    """Return the GPUs for ``need`` bytes; refuse what one node cannot hold at the first attempt."""
+    device, most = str(case.param("device")), case.cluster.limits.gpus
+    least = math.ceil(need / case.usable)
+    index = int(device.partition(":")[2] or -1)
+    if index >= most:
+        raise InputError(
+            f"{case.cluster.path}: limits.gpus is {most}; device {device} needs {index + 1} GPUs"
+        )
+    # A device with a number is one GPU, which must be visible under that number.
+    room = 1 if index >= 0 else most
+    if least > room:
+        raise InputError(
+            f"{case.cluster.path}: {case.node.step} of {'/'.join(case.node.labels)} needs "
+            f"{need / GB:.1f} GB on device {device}, {least} x {gpu_type} with "
+            f"{case.usable / GB:.1f} GB usable each; allowed: at most {room} on one node"
+        )
+    if index >= 0:
+        return index + 1
+    return min(math.ceil(need * growth / case.usable), most)
+
+
+def request(node: Node, cluster: Cluster, attempt: int = 1, gpu_type: str | None = None) -> Request:
+    """Return what the job of a step asks for.
+
+    Args:
+        node: the step.
+        cluster: rates, factors, floors and limits.
+        attempt: 1 for the first try; memory, GPUs and time grow with every other one.
+        gpu_type: a type of the cluster file; None for its default.
+
+    Raises:
+        InputError: the GPU type is unknown, or the first attempt does not fit on one node.
+    """
+    name, _ = cluster.gpu(gpu_type)
+    return _request(node, cluster, attempt, name)
+
+
+def is_local(step: str, nodes: Iterable[Node], cluster: Cluster) -> bool:
+    """Return whether a step's jobs run where the workflow was started.
+
+    Some always do; those without a GPU also when all of them are expected to compute for less than
+    ``local_below_seconds``.
+    """
+    if step in cluster.local_steps or step in DEVICE_STEPS:
+        return step in cluster.local_steps
+    most = cluster.host.startup_seconds + cluster.local_below_seconds
+    return all(request(node, cluster).seconds < most for node in nodes if node.step == step)
+
+
+@cache
+def _request(node: Node, cluster: Cluster, attempt: int, gpu_type: str) -> Request:
+    case = _Case(node, cluster, cluster.gpus[gpu_type])
+    rules, host, limits = cluster.steps[node.step], cluster.host, cluster.limits
+    work = _STEPS[node.step](case)
+    cpus = max(rules.cpus, int(node.params.get("threads") or 1))
+    seconds = _seconds(case, work, int(node.params.get("threads") or 1))
+    growth = rules.memory_growth ** (attempt - 1)
+    base = (host.python_mb + host.snakemake_mb) * MIB
+    gpus, gpu_need, where = 0, 0.0, ""
+    terms = work.host
+    if case.on_gpu:
+        base += host.cuda_mb * MIB
+        gpu_need = _need(work.device, rules.memory_factor)
+        gpus = _gpus(case, gpu_need, growth, gpu_type)
+        where = f"GPU memory {gpu_need / GB:.1f} GB: {_sum(work.device)}"
+    else:
+        terms = work.device + work.host
+    memory = (base + _need(terms, rules.memory_factor)) / MIB
+    if memory > limits.mem_mb:
+        raise InputError(
+            f"{cluster.path}: {node.step} of {'/'.join(node.labels)} needs "
+            f"{math.ceil(memory):,} MiB of host memory; limits.mem_mb is {limits.mem_mb:,}"
+        )
+    runtime = max(rules.min_runtime, math.ceil(seconds * rules.time_factor / 60))
+    what = "; host memory" if gpus else "Host memory"
+    processes = Term("Python and Snakemake" + (" and CUDA" if gpus else ""), base, False)
+    return Request(
+        gpus=gpus,
+        mem_mb=min(math.ceil(max(memory, rules.min_mem_mb) * growth), limits.mem_mb),
+        runtime=min(
+            math.ceil(runtime * rules.time_growth ** (attempt - 1)),
+            limits.runtime,
+        ),
+        cpus=cpus,
+        exclusive=node.step == "efficiency",
+        gpu_mem_mb=math.ceil(gpu_need / MIB),
+        disk_mb=math.ceil(work.disk / MIB),
+        seconds=seconds,
+        explanation=f"{where}{what} {memory * MIB / GB:.1f} GB: "
+        f"{_sum((processes, *terms))}; estimated parts x {rules.memory_factor:g}.",
+    )

@@ -1,0 +1,264 @@
+"""The resource model: hand-computed figures, borders, refusals, and measured steps."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from prunelib.cluster import resources
+from prunelib.cluster.cost import cost_rows, largest_requests, planned_disk_bytes
+from prunelib.cluster.resources import MIB, model_of, request
+from prunelib.cluster.settings import DEVICE_STEPS, Cluster, Gpu
+from prunelib.errors import InputError
+from prunelib.experiment.experiment import Experiment
+from prunelib.experiment.graph import Node, closure
+from prunelib.recovery.lora import LoraRecipe
+from workflow_scripts import cost
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "config"
+LLAMA = CONFIG / "experiments" / "cost_llama.yaml"
+QUICKSTART = CONFIG / "experiments" / "quickstart.yaml"
+MODELS = ("llama-7b", "llama-13b", "llama-2-70b")
+
+Nodes = Callable[..., Node]
+
+
+@cache
+def graph(path: Path, merge: bool = False) -> list[Node]:
+    experiment = Experiment.load(path, CONFIG)
+    experiment = replace(experiment, data={**experiment.data, "merge": merge})
+    return list(closure(n for cell in experiment.cells for n in cell.steps.values()).values())
+
+
+def find(step: str, model: str = "llama-7b", path: Path = LLAMA, *labels: str) -> Node:
+    """The first node of a step on a model whose labels hold all of ``labels``."""
+    return next(
+        node
+        for node in graph(path, merge=True)
+        if node.step == step and {model, *labels} <= set(node.labels)
+    )
+
+
+def dense(step: str, model: str, **params: Any) -> Node:
+    node = find(step, model, LLAMA, "dense")
+    return replace(node, params={**node.params, **params})
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Cluster:
+    return Cluster.load(CONFIG / "cluster.yaml")
+
+
+@pytest.mark.parametrize(
+    ("name", "weights", "cache_bytes", "adapter"),
+    [
+        # Parameters x 2 B; 2 x layers x kv heads x 128 x 2048 tokens x 4 sequences x 2 B; and
+        # r (in + out) = 8 x (4 x 8192 + 3 x 15104) x 32, the count that LLM-Pruner prints.
+        ("llama-7b", 13_476_831_232, 4_294_967_296, 19_988_480),
+        # 8 x (4 x 10240 + 3 x 18944) x 40
+        ("llama-13b", 26_031_728_640, 6_710_886_400, 31_293_440),
+        # 8 x (2 x 16384 + 2 x 9216 + 3 x 36864) x 80
+        ("llama-2-70b", 137_953_296_384, 2_684_354_560, 103_546_880),
+    ],
+)
+def test_model_sizes_by_hand(name: str, weights: int, cache_bytes: int, adapter: int) -> None:
+    node = find("fetch_model", name)
+    model = model_of(node)
+    assert model is not None
+    assert model.parameters == node.params["parameters"]
+    assert 2 * model.parameters == weights
+    assert model.kv_cache_bytes(4 * 2048, 2) == cache_bytes
+    assert model.lora_parameters(LoraRecipe()) == adapter
+
+
+def test_decoding_needs_weights_and_cache(cluster: Cluster) -> None:
+    node = dense("efficiency", "llama-7b", batch=4, length=200, new_tokens=1848)
+    need = request(node, cluster).gpu_mem_mb * MIB
+    assert need > 13_476_831_232 + 4_294_967_296
+    # Batch 8 adds as large a cache again, activations and logits of 800 tokens.
+    twice = request(replace(node, params={**node.params, "batch": 8}), cluster).gpu_mem_mb * MIB
+    assert 4_294_967_296 < twice - need < 1.1 * 4_294_967_296
+
+
+def test_gpus_of_the_published_models(cluster: Cluster) -> None:
+    asked = {name: request(dense("perplexity", name), cluster).gpus for name in MODELS}
+    assert asked["llama-7b"] == asked["llama-13b"] == 1
+    # 138 GB of weights in cards of 72 GB usable.
+    assert 2 <= asked["llama-2-70b"] <= 3
+    pruned = request(find("perplexity", "llama-2-70b", LLAMA, "random", "seed0"), cluster)
+    assert pruned.gpu_mem_mb < request(dense("perplexity", "llama-2-70b"), cluster).gpu_mem_mb
+
+
+def test_gpus_step_at_the_memory_border(cluster: Cluster) -> None:
+    node = dense("perplexity", "llama-7b")
+    need = request(node, cluster).gpu_mem_mb * MIB / 1e9 / cluster.usable
+
+    def gpus(memory_gb: float, attempt: int = 1) -> int:
+        card = Gpu(memory_gb, 67, 989, 3350)
+        other = replace(cluster, gpus={"card": card}, default_gpu="card")
+        return request(node, other, attempt).gpus
+
+    assert [gpus(need * 1.001), gpus(need * 0.999), gpus(need * 0.499)] == [1, 2, 3]
+    growth = cluster.steps["perplexity"].memory_growth
+    assert [gpus(need * growth * 1.001, 2), gpus(need * growth * 0.999, 2)] == [1, 2]
+    with pytest.raises(InputError, match=r"perplexity of llama-7b/dense.*at most 8 on one node"):
+        gpus(need * 0.124)
+
+
+def test_growth_with_attempts_and_limits(cluster: Cluster) -> None:
+    node = find("prune")
+    rules = cluster.steps["prune"]
+    first, second = request(node, cluster), request(node, cluster, attempt=2)
+    assert second.mem_mb == pytest.approx(first.mem_mb * rules.memory_growth, abs=2)
+    assert second.runtime == pytest.approx(first.runtime * rules.time_growth, abs=1)
+    assert (second.seconds, second.disk_mb) == (first.seconds, first.disk_mb)
+    tight = replace(cluster, limits=replace(cluster.limits, mem_mb=first.mem_mb + 1))
+    assert request(node, tight, attempt=3).mem_mb == first.mem_mb + 1
+    small = replace(cluster, limits=replace(cluster.limits, mem_mb=first.mem_mb - 1))
+    with pytest.raises(InputError, match=r"cluster.yaml: prune of llama-7b/.*limits.mem_mb is"):
+        request(node, small)
+
+
+def test_who_asks_for_gpus(cluster: Cluster) -> None:
+    for node in graph(LLAMA, merge=True):
+        asked = request(node, cluster)
+        assert (asked.gpus > 0) == (node.step in DEVICE_STEPS), node.step
+        assert asked.cpus >= node.params.get("threads", 1)
+        assert asked.exclusive == (node.step == "efficiency")
+    on_cpu = request(dense("perplexity", "llama-7b", device="cpu"), cluster)
+    assert (on_cpu.gpus, on_cpu.gpu_mem_mb) == (0, 0)
+    # The device's memory is host memory then, and weights are fp32 beside their bf16 copy.
+    assert on_cpu.mem_mb * MIB > 6 * 6_738_415_616
+    auto = dense("perplexity", "llama-7b", device="auto")
+    assert request(auto, cluster).gpus == 1
+    assert request(auto, replace(cluster, gpu_for_auto=False)).gpus == 0
+
+
+def test_a_numbered_device_is_one_gpu(cluster: Cluster) -> None:
+    assert request(dense("perplexity", "llama-7b", device="cuda:2"), cluster).gpus == 3
+    with pytest.raises(InputError, match="at most 1 on one node"):
+        request(dense("perplexity", "llama-2-70b", device="cuda:0"), cluster)
+    with pytest.raises(InputError, match="device cuda:8 needs 9 GPUs"):
+        request(dense("perplexity", "llama-7b", device="cuda:8"), cluster)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda data: data.update(gpu=1), r"top level: .*'gpu' was unexpected.*allowed keys"),
+        (lambda data: data["steps"].update(prun={}), r"steps: .*'prun' was unexpected"),
+        (lambda data: data["steps"]["default"].update(min_mem_mb=100), r"min_mem_mb: 100 .*1500"),
+        (lambda data: data["gpus"].update(default="h900"), r"gpus.default: GPU type 'h900' .*h100"),
+        (lambda data: data["local_steps"].remove("fetch_model"), r"local_steps: fetch_model "),
+    ],
+)
+def test_refused_cluster_files(
+    tmp_path: Path, change: Callable[[dict[str, Any]], None], message: str
+) -> None:
+    data = yaml.safe_load((CONFIG / "cluster.yaml").read_text())
+    change(data)
+    (tmp_path / "cluster.yaml").write_text(yaml.safe_dump(data))
+    with pytest.raises(InputError, match=message) as caught:
+        Cluster.load(tmp_path / "cluster.yaml")
+    assert "\n" not in str(caught.value)
+
+
+def test_unknown_gpu_type(cluster: Cluster) -> None:
+    with pytest.raises(InputError, match=r"GPU type 'h900' is not .*known: a100, "):
+        request(find("perplexity"), cluster, gpu_type="h900")
+
+
+def test_cost_counts_the_graph(cluster: Cluster) -> None:
+    nodes = graph(LLAMA)
+    rows = cost_rows(nodes, cluster)
+    assert {row.step: row.jobs for row in rows} == Counter(node.step for node in nodes)
+    hours = sum(request(n, cluster).gpus * request(n, cluster).seconds for n in nodes) / 3600
+    assert sum(row.gpu_hours for row in rows) == pytest.approx(hours)
+    assert planned_disk_bytes(nodes, cluster) == sum(row.disk_mb for row in rows) * MIB
+    # Weights of one unpruned copy per model at the least.
+    assert planned_disk_bytes(nodes, cluster) > 2 * (6.7e9 + 13.0e9 + 69.0e9)
+
+
+def test_cost_command(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--experiment", str(LLAMA), "--catalogue", str(CONFIG)]
+    arguments += ["--cluster", str(CONFIG / "cluster.yaml"), "--all"]
+    assert cost.main(arguments) == 0
+    out = capsys.readouterr().out
+    jobs = len(graph(LLAMA))
+    assert re.search(rf"^total +{jobs} ", out, re.MULTILINE)
+    for model in MODELS:
+        assert re.search(
+            rf"^{model} perplexity: \d GPUs?, .* weights \S+ x 2 B ", out, re.MULTILINE
+        )
+    assert cost.main([*arguments, "--gpu-type", "h900"]) == InputError.exit_code
+    assert capsys.readouterr().err.count("\n") == 1
+
+
+def test_planning_does_not_import_torch() -> None:
+    code = "import sys, prunelib.cluster.cost; sys.exit('torch' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+def test_buffers_are_those_of_the_steps() -> None:
+    from prunelib.evaluation import perplexity
+    from prunelib.recovery import loss
+    from prunelib.statistics import gradients
+
+    assert resources.GRAPH_BYTES == gradients.GRAPH_BYTES
+    assert resources.HEAD_BYTES == gradients.LOGITS_BYTES
+    assert resources.LOSS_CHUNK == loss.CHUNK
+    assert resources.EVALUATION_TOKENS["cpu"] == perplexity.BATCH_TOKENS["cpu"]
+    assert resources.EVALUATION_TOKENS["cuda"] == perplexity.GPU_BATCH_TOKENS
+    assert resources.LOGITS_SHARE == perplexity.MEMORY_SHARE
+
+
+def test_methods_without_weights_read_none(cluster: Cluster) -> None:
+    for name in cluster.methods_without_weights:
+        source = (ROOT / "prunelib" / "methods" / f"{name}.py").read_text()
+        assert "inputs.weight" not in source, name
+
+
+def _table(heading: str) -> list[list[str]]:
+    """The rows of the first table below a heading of docs/resources.md."""
+    text = (ROOT / "docs" / "resources.md").read_text(encoding="utf-8")
+    section = text.split(f"\n## {heading}\n")[1].split("\n## ")[0]
+    lines = section[section.index("\n|") + 1 :].split("\n\n")[0].splitlines()
+    return [[cell.strip() for cell in line.strip("|").split("|")] for line in lines[2:]]
+
+
+def test_requests_cover_what_was_measured(cluster: Cluster) -> None:
+    rows = _table("Against measurement")
+    assert {row[0] for row in rows} == DEVICE_STEPS | {
+        "fetch_model", "fetch_text", "calibration", "tasks_data", "scores", "prune", "merge",
+    }  # fmt: skip
+    for step, what, documented, measured, *_ in rows:
+        node = next(
+            node
+            for node in graph(QUICKSTART, merge=True)
+            if node.step == step and (what == "" or what in node.labels)
+        )
+        asked = request(node, cluster).mem_mb
+        floor = cluster.steps[step].min_mem_mb
+        assert int(documented) == asked, f"docs/resources.md: {step} {what}"
+        assert int(measured) <= asked <= 4 * int(measured) + floor, step
+
+
+def test_documented_requests_are_the_current_ones(cluster: Cluster) -> None:
+    rows = _table("LLaMA-7B, 13B and 70B")
+    largest = {(m, s): job for m, s, job in largest_requests(graph(LLAMA), cluster)}
+    for step, *cells in rows:
+        for model, cell in zip(MODELS, cells, strict=True):
+            job = largest[model, step]
+            gpus = f"{job.gpus} x h100, {job.gpu_mem_mb / 1024:.0f} GiB; " if job.gpus else ""
+            assert cell == f"{gpus}host {job.mem_mb / 1024:.0f} GiB", (model, step)
