@@ -2,7 +2,7 @@
 # one machine does not look at them.
 from prunelib.cluster.resources import is_local, request
 from prunelib.cluster.settings import Cluster
-from prunelib.experiment.experiment import Node
+from prunelib.provenance.environment import visible_gpus
 
 
 def of_profile(name):
@@ -16,6 +16,16 @@ try:
     CLUSTER = Cluster.load(project_path(config["cluster"]))
 except PrunelibError as error:
     raise WorkflowError(f"{error}")
+
+
+# On one machine nobody hands out its GPUs: one step at a time, unless --resources gpu=N says more.
+if (
+    workflow.is_main_process
+    and workflow.resource_settings.nodes is None
+    and "gpu" not in workflow.global_resources
+    and visible_gpus()
+):
+    workflow.register_resource("gpu", 1)
 
 
 def runs_here(step):
@@ -42,7 +52,11 @@ def asked(name):
                 if need.gpus or not of_profile("cpu_partition")
                 else "cpu_partition"
             ),
-            "slurm_extra": "--exclusive" if need.exclusive else "",
+            "slurm_extra": " ".join(
+                filter(
+                    None, [of_profile("slurm_extra"), need.exclusive and "--exclusive"]
+                )
+            ),
             # Tells the step which try of this run it is.
             "attempt": attempt,
         }[name]

@@ -80,7 +80,7 @@ onstart:
         )
         atexit.register(launch.release)
         # Also without the SLURM executor: jobs of an earlier run may still be at these steps.
-        if settle(ORPHANS, say):
+        if settle(ORPHANS, say, tries=3 if workflow.non_local_exec else 1):
             launch.release()
             start_again()
         if workflow.non_local_exec:

@@ -62,6 +62,7 @@ def end(state: str, **facts: object) -> JobEnd:
         (end("NODE_FAIL"), "", "node failure: SLURM job 7 on n1"),
         (end("CANCELLED", cancelled_by="1000"), "", "cancelled by user 1000: SLURM job 7 on n1"),
         (end("CANCELLED", nodes=None), "", "cancelled: SLURM job 7"),
+        (end("PREEMPTED"), "", "preempted by another job: SLURM job 7 on n1"),
         (end("FAILED", signal=9), "", "killed by signal 9: SLURM job 7 on n1 FAILED"),
         (end("FAILED", exit_code=1), "", "failed with exit code 1: SLURM job 7 on n1"),
     ],

@@ -17,7 +17,7 @@ import yaml
 
 from prunelib.cluster import resources
 from prunelib.cluster.cost import cost_rows, largest_requests, planned_disk_bytes
-from prunelib.cluster.resources import MIB, model_of, request
+from prunelib.cluster.resources import MIB, is_local, model_of, request
 from prunelib.cluster.settings import DEVICE_STEPS, Cluster, Gpu
 from prunelib.errors import InputError
 from prunelib.experiment.experiment import Experiment
@@ -143,6 +143,20 @@ def test_who_asks_for_gpus(cluster: Cluster) -> None:
     auto = dense("perplexity", "llama-7b", device="auto")
     assert request(auto, cluster).gpus == 1
     assert request(auto, replace(cluster, gpu_for_auto=False)).gpus == 0
+
+
+def test_steps_that_are_over_before_a_job_starts_run_here(cluster: Cluster) -> None:
+    small, large = graph(QUICKSTART, merge=True), graph(LLAMA, merge=True)
+    always = cluster.local_steps
+    for step in {node.step for node in small}:
+        short = step in always or step in ("scores", "prune", "merge")
+        assert is_local(step, small, cluster) == short, step
+    assert not any(is_local(step, large, cluster) for step in ("scores", "prune", "statistics"))
+    # One long job is enough.
+    assert not is_local("prune", [*small, find("prune")], cluster)
+    never = replace(cluster, local_below_seconds=0)
+    assert not is_local("prune", small, never)
+    assert is_local("calibration", large, never)
 
 
 def test_a_numbered_device_is_one_gpu(cluster: Cluster) -> None:

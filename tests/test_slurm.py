@@ -180,7 +180,8 @@ def recovering(directory: Path) -> list[dict[str, Any]]:
     found = []
     for note in attempts(directory, "recover"):
         state = Path(note["parent"]) / f"{note['key']}.state"
-        if state.is_dir() and any(name.startswith("step-") for name in os.listdir(state)):
+        _, saved, _ = next(os.walk(state), ("", [], []))
+        if any(name.startswith("step-") for name in saved):
             found.append(note)
     return found
 

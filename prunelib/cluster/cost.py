@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prunelib.cluster.resources import MIB, Request, model_name, request
+from prunelib.cluster.resources import MIB, Request, is_local, model_name, request
 from prunelib.cluster.settings import Cluster
 from prunelib.experiment.graph import SCRIPTS, Node
 
@@ -52,13 +52,14 @@ def cost_rows(
     Raises:
         InputError: the GPU type is unknown, or a job does not fit on one node.
     """
+    nodes = list(nodes)
     by_step: dict[str, list[Request]] = {}
     for node in nodes:
         by_step.setdefault(node.step, []).append(request(node, cluster, gpu_type=gpu_type))
     return [
         CostRow(
             step=step,
-            local=step in cluster.local_steps,
+            local=is_local(step, nodes, cluster),
             jobs=len(jobs),
             gpus=max(job.gpus for job in jobs),
             gpu_hours=sum(job.gpus * job.seconds for job in jobs) / 3600,

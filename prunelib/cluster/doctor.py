@@ -22,7 +22,7 @@ from typing import Any
 
 from prunelib.cluster import slurm
 from prunelib.cluster.cost import planned_disk_bytes
-from prunelib.cluster.resources import Request, request
+from prunelib.cluster.resources import Request, is_local, request
 from prunelib.cluster.settings import Cluster
 from prunelib.cluster.slurm import JobEnd, Partition
 from prunelib.errors import InputError, PrunelibError
@@ -210,7 +210,7 @@ class Setup:
                 request(node, self.cluster, self.profile.retries + 1, gpu_type),
             )
             for node in self.needed
-            if node.step not in self.cluster.local_steps
+            if not is_local(node.step, self.needed, self.cluster)
         ]
 
 

@@ -33,6 +33,8 @@ def settle(
     policy: str,
     say: Callable[[str], None],
     sleep: Callable[[float], None] = time.sleep,
+    *,
+    tries: int = 3,
 ) -> bool:
     """Wait for, or cancel, the jobs of an earlier run in this directory.
 
@@ -40,6 +42,7 @@ def settle(
         policy: ``wait`` until they have ended, ``cancel`` them, or ``refuse`` to start.
         say: told in lines what happens.
         sleep: waits between two looks.
+        tries: how often a controller that does not answer is asked; it may be away for a moment.
 
     Returns:
         Whether there were any; what they finished is to be taken into account then.
@@ -47,7 +50,7 @@ def settle(
     Raises:
         InputError: there are jobs and the policy is ``refuse``.
     """
-    jobs = _look(say)
+    jobs = _look(say, tries)
     if not jobs:
         return False
     listed = ", ".join(f"{job.job_id} ({job.state.lower()}, {_step(job)})" for job in jobs[:10])
@@ -64,7 +67,7 @@ def settle(
     else:
         say(f"{found}; waiting for them (--config orphans=cancel cancels them instead)")
     told = time.monotonic()
-    while jobs := _look(say):
+    while jobs := _look(say, tries):
         sleep(_LOOK_SECONDS if policy == "wait" else 1.0)
         if time.monotonic() - told > _TELL_SECONDS:
             told = time.monotonic()
@@ -76,14 +79,14 @@ def _step(job: Job) -> str:
     return job.comment.partition("_wildcards_")[0].removeprefix("rule_")
 
 
-def _look(say: Callable[[str], None], tries: int = 3) -> list[Job]:
-    """The jobs; a controller that is away for a moment is asked again."""
+def _look(say: Callable[[str], None], tries: int) -> list[Job]:
     for number in range(tries):
         try:
             return workflow_jobs() or []
         except PrunelibError as error:
             if number + 1 == tries:
-                say(f"SLURM's queue cannot be read, so jobs of an earlier run are unknown: {error}")
+                said = str(error).rpartition(": ")[2]
+                say(f"SLURM does not answer ({said}): jobs of an earlier run are not looked for")
             else:
                 time.sleep(2.0)
     return []

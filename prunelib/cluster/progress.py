@@ -136,6 +136,8 @@ def explain_end(end: JobEnd, log: str) -> str:
         return f"node failure: {job}"
     if end.state == "CANCELLED":
         return f"cancelled{f' by user {end.cancelled_by}' if end.cancelled_by else ''}: {job}"
+    if end.state == "PREEMPTED":
+        return f"preempted by another job: {job}"
     if end.signal:
         return f"killed by signal {end.signal}: {job} {end.state}"
     return f"{end.state.lower()} with exit code {end.exit_code}: {job}"
