@@ -8,7 +8,7 @@ rule calibration:
         "logs/calibration/{label}/{key}.log",
     localrule: runs_here("calibration")
     resources:
-        **RESOURCES,
+        **of_step("calibration"),
     params:
         request=request_of,
     shell:
@@ -24,7 +24,7 @@ rule tasks_data:
         "logs/tasks_data/{label}/{key}.log",
     localrule: runs_here("tasks_data")
     resources:
-        **RESOURCES,
+        **of_step("tasks_data"),
     params:
         request=request_of,
     shell:

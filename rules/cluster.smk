@@ -4,12 +4,16 @@ from prunelib.cluster.resources import is_local, request
 from prunelib.cluster.settings import Cluster
 from prunelib.provenance.environment import visible_gpus
 
-
-def of_profile(name):
-    """A value of the profile's default-resources, None where there is none."""
-    defaults = workflow.resource_settings.default_resources
-    given = dict(arg.split("=", 1) for arg in getattr(defaults, "args", []))
-    return given.get(name, "").strip("'\"") or None
+# The profile's default-resources, our own names among them.
+DEFAULTS = {
+    name: value.strip("'\"")
+    for name, _, value in (
+        argument.partition("=")
+        for argument in getattr(
+            workflow.resource_settings.default_resources, "args", []
+        )
+    )
+}
 
 
 try:
@@ -18,13 +22,12 @@ except PrunelibError as error:
     raise WorkflowError(f"{error}")
 
 
+# With an executor that submits jobs, or in such a job.
+CLUSTER_RUN = (
+    workflow.resource_settings.nodes is not None or not workflow.is_main_process
+)
 # On one machine nobody hands out its GPUs: one step at a time, unless --resources gpu=N says more.
-if (
-    workflow.is_main_process
-    and workflow.resource_settings.nodes is None
-    and "gpu" not in workflow.global_resources
-    and visible_gpus()
-):
+if not CLUSTER_RUN and "gpu" not in workflow.global_resources and visible_gpus():
     workflow.register_resource("gpu", 1)
 
 
@@ -33,47 +36,54 @@ def runs_here(step):
     return workflow.is_main_process and is_local(step, NODES.values(), CLUSTER)
 
 
-def asked(name):
-    """A resource of a step as Snakemake wants it: a function of wildcards and attempt."""
-
-    def value(wildcards, attempt):
-        try:
-            need = request(node_of(wildcards), CLUSTER, attempt, of_profile("gpu_type"))
-        except PrunelibError as error:
-            raise WorkflowError(f"{error}")
-        return {
-            "mem_mb": need.mem_mb,
-            "runtime": need.runtime,
-            "cpus_per_task": need.cpus,
-            "gpu": need.gpus,
-            "gpu_model": of_profile("gpu_type") or "" if need.gpus else "",
-            "slurm_partition": of_profile(
-                "slurm_partition"
-                if need.gpus or not of_profile("cpu_partition")
-                else "cpu_partition"
-            ),
-            "slurm_extra": " ".join(
-                filter(
-                    None, [of_profile("slurm_extra"), need.exclusive and "--exclusive"]
-                )
-            ),
-            # Tells the step which try of this run it is.
-            "attempt": attempt,
-        }[name]
-
-    return value
+def asked(node, attempt):
+    """What one try of a step asks for, by Snakemake's names."""
+    try:
+        need = request(node, CLUSTER, attempt, DEFAULTS.get("gpu_type"))
+    except PrunelibError as error:
+        raise WorkflowError(f"{error}")
+    cpu_partition = DEFAULTS.get("cpu_partition") or DEFAULTS.get("slurm_partition")
+    extra = [DEFAULTS.get("slurm_extra"), "--exclusive" if need.exclusive else None]
+    return {
+        "mem_mb": need.mem_mb,
+        "runtime": need.runtime,
+        "cpus_per_task": need.cpus,
+        "gpu": need.gpus,
+        "gpu_model": (DEFAULTS.get("gpu_type") or "") if need.gpus else "",
+        "slurm_partition": (
+            DEFAULTS.get("slurm_partition") if need.gpus else cpu_partition
+        ),
+        "slurm_extra": " ".join(filter(None, extra)),
+    }
 
 
-RESOURCES = {
-    name: asked(name)
-    for name in (
-        "mem_mb",
-        "runtime",
-        "cpus_per_task",
-        "gpu",
-        "gpu_model",
-        "slurm_partition",
-        "slurm_extra",
-        "attempt",
-    )
-}
+NAMES = (
+    "mem_mb runtime cpus_per_task gpu gpu_model slurm_partition slurm_extra".split()
+    if CLUSTER_RUN
+    # One machine needs none of them but the GPU, where it has one.
+    else ["gpu"] if "gpu" in workflow.global_resources else []
+)
+
+
+def of_step(step):
+    """The resources of a rule: functions of wildcards and attempt.
+
+    They cost Snakemake half a millisecond each for every job, so that what all jobs of a step have
+    in common, whatever the try, is given as it is. A job on a node has only itself to look at.
+    """
+    nodes = [node for node in NODES.values() if node.step == step]
+    if workflow.is_main_process and NAMES:
+        tries = [asked(node, attempt) for node in nodes for attempt in (1, 2, 3)]
+        found = {name: {asking[name] for asking in tries} for name in NAMES}
+    else:
+        found = {name: set() for name in NAMES}
+    return {
+        name: (
+            values.pop()
+            if len(values) == 1
+            else lambda wildcards, attempt, name=name: (
+                asked(node_of(wildcards), attempt)[name]
+            )
+        )
+        for name, values in found.items()
+    }

@@ -54,6 +54,11 @@ except PrunelibError as error:
     raise WorkflowError(f"{error}")
 
 
+# Jobs inherit it. The tries of one run at a step are counted by it.
+if workflow.is_main_process:
+    os.environ["PRUNELIB_RUN"] = f"{STARTED:.6f}-{os.getpid()}"
+
+
 def say(line):
     print(line, file=sys.stderr, flush=True)
 

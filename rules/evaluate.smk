@@ -6,9 +6,9 @@ rule perplexity:
         "results/perplexity/{label}/{key}/provenance.json",
     log:
         "logs/perplexity/{label}/{key}.log",
-    threads: threads_of
+    threads: THREADS
     resources:
-        **RESOURCES,
+        **of_step("perplexity"),
     params:
         request=request_of,
     shell:
@@ -22,9 +22,9 @@ rule tasks:
         "results/tasks/{label}/{key}/provenance.json",
     log:
         "logs/tasks/{label}/{key}.log",
-    threads: threads_of
+    threads: THREADS
     resources:
-        **RESOURCES,
+        **of_step("tasks"),
     params:
         request=request_of,
     shell:
@@ -41,7 +41,7 @@ rule efficiency:
         "logs/efficiency/{label}/{key}.log",
     threads: workflow.resource_settings.cores or 1
     resources:
-        **RESOURCES,
+        **of_step("efficiency"),
     params:
         request=request_of,
     shell:

@@ -13,7 +13,7 @@ rule fetch_model:
     log:
         "logs/fetch_model/{label}/{key}.log",
     resources:
-        **RESOURCES,
+        **of_step("fetch_model"),
     params:
         request=request_of,
     shell:
@@ -28,7 +28,7 @@ rule fetch_text:
     log:
         "logs/fetch_text/{label}/{key}.log",
     resources:
-        **RESOURCES,
+        **of_step("fetch_text"),
     params:
         request=request_of,
     shell:
@@ -43,7 +43,7 @@ rule fetch_analogies:
     log:
         "logs/fetch_analogies/{label}/{key}.log",
     resources:
-        **RESOURCES,
+        **of_step("fetch_analogies"),
     params:
         request=request_of,
     shell:

@@ -43,18 +43,13 @@ def request_of(wildcards):
     return node_of(wildcards).request()
 
 
-def threads_of(wildcards):
-    """Threads of a computing step: part of the experiment, since they decide the last bits."""
-    return int(node_of(wildcards).params["threads"])
+# Threads of a computing step: part of the experiment, since they decide the last bits.
+THREADS = int(EXPERIMENT.data["compute"]["threads"])
 
 
 def step_command(script):
-    """The command of a step. The log holds all tries of a run, which are numbered."""
-    return (
-        "test {resources.attempt} -gt 1 || : > {log}; "
-        f"{RUN}/{script}.py --request {{params.request:q}} --attempt {{resources.attempt}} "
-        ">> {log} 2>&1"
-    )
+    """The command of a step. Its log goes on from try to try and from run to run."""
+    return f"{RUN}/{script}.py --request {{params.request:q}} >> {{log}} 2>&1"
 
 
 # The step replaces what it finds.

@@ -8,7 +8,7 @@ rule prune:
         "logs/prune/{label}/{key}.log",
     localrule: runs_here("prune")
     resources:
-        **RESOURCES,
+        **of_step("prune"),
     params:
         request=request_of,
     shell:

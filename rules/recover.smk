@@ -7,9 +7,9 @@ rule recover:
         "results/recover/{label}/{key}/provenance.json",
     log:
         "logs/recover/{label}/{key}.log",
-    threads: threads_of
+    threads: THREADS
     resources:
-        **RESOURCES,
+        **of_step("recover"),
     params:
         request=request_of,
     shell:
@@ -26,7 +26,7 @@ rule merge:
         "logs/merge/{label}/{key}.log",
     localrule: runs_here("merge")
     resources:
-        **RESOURCES,
+        **of_step("merge"),
     params:
         request=request_of,
     shell:

@@ -8,7 +8,7 @@ rule scores:
         "logs/scores/{label}/{key}.log",
     localrule: runs_here("scores")
     resources:
-        **RESOURCES,
+        **of_step("scores"),
     params:
         request=request_of,
     shell:

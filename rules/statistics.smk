@@ -6,9 +6,9 @@ rule statistics:
         "results/statistics/{label}/{key}/provenance.json",
     log:
         "logs/statistics/{label}/{key}.log",
-    threads: threads_of
+    threads: THREADS
     resources:
-        **RESOURCES,
+        **of_step("statistics"),
     params:
         request=request_of,
     shell:

@@ -625,7 +625,7 @@ def start(
     project: Path,
     request: str,
     disposition: signal.Handlers = signal.SIG_DFL,
-    attempt: int = 1,
+    run: str = "1",
 ) -> subprocess.Popen:
     """Start the step script; tests that run in the background may have inherited SIG_IGN."""
 
@@ -639,11 +639,9 @@ def start(
             "workflow_scripts/prune.py",
             "--request",
             request,
-            "--attempt",
-            str(attempt),
         ],
         cwd=project,
-        env=os.environ | {"PYTHONPATH": str(project)},
+        env=os.environ | {"PYTHONPATH": str(project), "PRUNELIB_RUN": run},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -651,8 +649,8 @@ def start(
     )
 
 
-def run(project: Path, request: str, attempt: int = 1) -> tuple[int, str]:
-    process = start(project, request, attempt=attempt)
+def run(project: Path, request: str, name: str = "1") -> tuple[int, str]:
+    process = start(project, request, run=name)
     errors = process.communicate(timeout=60)[1]
     return process.returncode, errors
 
@@ -786,11 +784,11 @@ def test_after_a_permanent_error_a_retry_ends_at_once_and_a_new_run_tries_again(
     first = note(project, request)
     assert first
     assert (first.permanent, first.exit_code, first.number) == (True, 3, 1)
-    code, errors = run(project, request, attempt=2)
+    code, errors = run(project, request)
     assert code == 3
     assert errors.splitlines() == ["error: prune: loss is NaN at step 3 (not tried again)"]
     assert note(project, request) == first
-    code, errors = run(project, request)
+    code, errors = run(project, request, "2")
     assert (code, "not tried again" in errors) == (3, False)
     again = note(project, request)
     assert again
@@ -801,7 +799,7 @@ def test_after_a_permanent_error_a_retry_ends_at_once_and_a_new_run_tries_again(
 def test_after_another_error_a_retry_tries_again(project: Path, what: str) -> None:
     request = plan(project, what)
     assert run(project, request)[0] == 1
-    code, errors = run(project, request, attempt=2)
+    code, errors = run(project, request)
     assert (code, "not tried again" in errors) == (1, False)
     found = note(project, request)
     assert found
@@ -839,7 +837,7 @@ def test_a_second_process_waits_and_finds_the_artefact(project: Path) -> None:
     first = start(project, request)
     assert first.stdout
     assert first.stdout.readline() == "waiting\n"
-    second = start(project, request, attempt=2)
+    second = start(project, request)
     assert second.stderr
     assert f"waiting for process {first.pid} on" in second.stderr.readline()
     assert len(results(project)) == 1
@@ -852,7 +850,7 @@ def test_a_second_process_waits_and_finds_the_artefact(project: Path) -> None:
 
 def test_a_process_of_another_host_is_alive_while_its_note_changes(tmp_path: Path) -> None:
     out = tmp_path / KEY
-    begin(out, "prune", KEY, 1).fail("", 1, permanent=False)
+    begin(out, "prune", KEY).fail("", 1, permanent=False)
     mine = read_attempt(out)
     assert mine
     other = replace(mine, host="elsewhere", ended=None)

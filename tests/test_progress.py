@@ -75,7 +75,7 @@ def test_a_step_waits_is_queued_runs_fails_and_is_done(chain: tuple[Node, Node])
     prune, _ = chain
     assert standing(prune, []).state == WAITING
     assert standing(prune, [job(prune)]) == progress.Standing(QUEUED, "SLURM job 7 pending")
-    running = begin(prune.directory, "prune", prune.key, 1)
+    running = begin(prune.directory, "prune", prune.key)
     prune.log.parent.mkdir(parents=True)
     prune.log.write_text("2026-01-01 INFO prunelib.x: 3 of 5 tensors\n")
     found = standing(prune, [])
@@ -89,9 +89,13 @@ def test_a_step_waits_is_queued_runs_fails_and_is_done(chain: tuple[Node, Node])
     assert standing(prune, []).state == DONE
 
 
-def test_a_killed_process_is_told_from_a_running_one(chain: tuple[Node, Node]) -> None:
+def test_a_killed_process_is_told_from_a_running_one(
+    chain: tuple[Node, Node], monkeypatch: pytest.MonkeyPatch
+) -> None:
     prune, _ = chain
-    running = begin(prune.directory, "prune", prune.key, 2)
+    monkeypatch.setenv("PRUNELIB_RUN", "1")
+    begin(prune.directory, "prune", prune.key).fail("", 1, permanent=False)
+    running = begin(prune.directory, "prune", prune.key)
     gone = subprocess.Popen([sys.executable, "-c", ""])
     gone.wait()
     note = asdict(running.attempt) | {"pid": gone.pid}
@@ -109,7 +113,7 @@ def test_a_killed_process_is_told_from_a_running_one(chain: tuple[Node, Node]) -
 
 def test_failures_of_this_run_are_told_and_older_ones_are_not(chain: tuple[Node, Node]) -> None:
     prune, perplexity = chain
-    running = begin(prune.directory, "prune", prune.key, 1)
+    running = begin(prune.directory, "prune", prune.key)
     running.fail("loss is NaN", 3, permanent=True)
     nodes = {node.key: node for node in chain}
     started = running.attempt.started

@@ -37,6 +37,7 @@ class Attempt:
 
     Attributes:
         step, key: what is made.
+        run: the run of the workflow that it belongs to, None outside of one.
         number: 1 for the first try of a run, counted on by retries.
         host, pid, process_start: who.
         slurm_job: the SLURM job that it runs in, None outside of one.
@@ -48,6 +49,7 @@ class Attempt:
 
     step: str
     key: str
+    run: str | None
     number: int
     host: str
     pid: int
@@ -116,14 +118,25 @@ class Running:
             _write(self.out, ended)
 
 
-def begin(out: Path, step: str, key: str, number: int) -> Running:
+def earlier_try(out: Path, key: str) -> Attempt | None:
+    """Return the last attempt at ``out`` in this same run of the workflow, None if there is none.
+
+    A run is named by ``PRUNELIB_RUN``, which the workflow sets and its jobs inherit.
+    """
+    run, last = os.environ.get("PRUNELIB_RUN"), read_attempt(out)
+    return last if last and run and last.run == run and last.key == key else None
+
+
+def begin(out: Path, step: str, key: str) -> Running:
     """Write down that this process begins to make ``out``."""
+    earlier = earlier_try(out, key)
     return Running(
         out,
         Attempt(
             step=step,
             key=key,
-            number=number,
+            run=os.environ.get("PRUNELIB_RUN"),
+            number=earlier.number + 1 if earlier else 1,
             host=host_name(),
             pid=os.getpid(),
             process_start=process_start(os.getpid()) or 0.0,

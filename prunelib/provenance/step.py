@@ -21,7 +21,7 @@ from typing import Any, NoReturn
 
 from prunelib.errors import InputError, IntegrityError, PrunelibError
 from prunelib.provenance import artefact, environment
-from prunelib.provenance.attempt import begin, read_attempt, wait_for_others
+from prunelib.provenance.attempt import begin, earlier_try, wait_for_others
 from prunelib.provenance.fingerprint import (
     ROOT,
     Fingerprint,
@@ -280,8 +280,8 @@ def run_step(main: Main) -> None:
     signal's number, nothing left behind, for SIGTERM, SIGINT and SIGHUP.
 
     How a try ended is kept beside the target until the artefact is there, see
-    ``prunelib.provenance.attempt``. ``--attempt`` numbers the tries of one run: after an error that
-    is permanent, later tries end at once with the same line.
+    ``prunelib.provenance.attempt``. After an error that is permanent, later tries of the same run
+    end at once with the same line.
     """
     logging.basicConfig(
         level=logging.INFO,
@@ -294,7 +294,6 @@ def run_step(main: Main) -> None:
             signal.signal(number, _stop)
     parser = argparse.ArgumentParser(allow_abbrev=False)
     parser.add_argument("--request", required=True, help="the step's request, as JSON")
-    parser.add_argument("--attempt", type=int, default=1, help="1 for the first try of a run")
     arguments = parser.parse_args()
     step = Path(sys.argv[0]).stem
     try:
@@ -304,10 +303,18 @@ def run_step(main: Main) -> None:
     except PrunelibError as error:
         _fail(step, str(error), error.exit_code)
     wait_for_others(request.out)
-    before = read_attempt(request.out)
-    if arguments.attempt > 1 and before and before.permanent and before.key == request.key:
+    before = earlier_try(request.out, request.key)
+    if before and before.permanent:
         _fail(step, f"{before.error} (not tried again)", before.exit_code or 1)
-    running = begin(request.out, step, request.key, arguments.attempt)
+    running = begin(request.out, step, request.key)
+    job = running.attempt.slurm_job
+    _log.info(
+        "try %d of %s on %s%s",
+        running.attempt.number,
+        request.out,
+        running.attempt.host,
+        f", SLURM job {job}" if job else "",
+    )
     try:
         _execute(request, main, _refuse_unlisted)
     except PrunelibError as error:
