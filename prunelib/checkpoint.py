@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -95,13 +96,23 @@ def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
 
 
 class WeightReader:
-    """Random access to single tensors of a checkpoint by name; nothing is kept in memory."""
+    """Random access to single tensors of a checkpoint by name; nothing is kept in memory.
+
+    An artefact's files are verified before the first tensor is read.
+    """
 
     def __init__(self, directory: Path) -> None:
+        self._paths = weight_files(directory)
+
+    @cached_property
+    def _where(self) -> dict[str, Any]:
         from safetensors import safe_open
 
-        self._files = [safe_open(path, framework="pt") for path in weight_files(directory)]
-        self._where = {name: file for file in self._files for name in file.keys()}  # noqa: SIM118
+        directory = self._paths[0].parent
+        if (directory / artefact.RECORD).is_file():
+            artefact.verify(directory, [path.name for path in self._paths])
+        files = [safe_open(path, framework="pt") for path in self._paths]
+        return {name: file for file in files for name in file.keys()}  # noqa: SIM118
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the tensor ``name``; raises InputError when the checkpoint does not have it."""

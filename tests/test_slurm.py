@@ -452,7 +452,8 @@ def test_code_that_changes_during_a_run_is_noticed(two_nodes: SlurmCluster, tmp_
     directory = tmp_path / "work"
     directory.mkdir()
     make_slurm_project(directory, SHORT)
-    changed = [part.replace(str(ROOT), str(code)) for part in command("--retries", "0")]
+    changed = command("--retries", "0")
+    changed[changed.index("--snakefile") + 1] = str(code / "Snakefile")
     with (directory / "run.log").open("wb") as log:
         process = subprocess.Popen(
             changed, cwd=directory, env=two_nodes.env, stdout=log, stderr=subprocess.STDOUT

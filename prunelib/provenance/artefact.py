@@ -17,6 +17,7 @@ import shutil
 import stat
 import time
 from collections.abc import Callable, Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -34,6 +35,7 @@ _REUSE_SLACK = 60.0
 _SCRATCH = re.compile(r"\.(?:tmp|old)-(?P<host>.+)-(?P<pid>\d+)$")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
+_HASH_THREADS = min(8, os.cpu_count() or 1)
 _FULL = {errno.ENOSPC: "no space left on device", errno.EDQUOT: "disk quota exceeded"}
 
 _log = logging.getLogger(__name__)
@@ -146,18 +148,28 @@ def verify(directory: Path, files: Iterable[str] | None = None) -> None:
         IntegrityError: names the first file that is missing, not listed, or not what it was.
     """
     listed = read(directory)["files"]
-    for name in listed if files is None else files:
-        path = directory / name
+    names = list(listed if files is None else files)
+    for name in names:
         if name not in listed:
-            raise IntegrityError(f"{path}: is not listed in {RECORD}")
+            raise IntegrityError(f"{directory / name}: is not listed in {RECORD}")
         fault = _size_fault(directory, name, listed[name]["size"])
         if fault:
-            raise IntegrityError(f"{path}: {fault}")
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
-        if found != listed[name]["sha256"]:
-            expected = listed[name]["sha256"]
-            raise IntegrityError(f"{path}: sha256 is {found}, its record says {expected}")
+            raise IntegrityError(f"{directory / name}: {fault}")
+    # Hashing leaves the interpreter's lock alone: shards are read side by side.
+    with ThreadPoolExecutor(_HASH_THREADS) as pool:
+        for name, found in zip(
+            names, pool.map(_sha256, (directory / n for n in names)), strict=True
+        ):
+            if found != listed[name]["sha256"]:
+                expected = listed[name]["sha256"]
+                raise IntegrityError(
+                    f"{directory / name}: sha256 is {found}, its record says {expected}"
+                )
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def commit(
@@ -191,7 +203,6 @@ def commit(
             in every case.
     """
     key = provenance["key"]
-    out.parent.mkdir(parents=True, exist_ok=True)
     remove_dead_writers(out)
     if is_valid(out, key):
         _log.info("%s is there already", out)
@@ -201,7 +212,7 @@ def commit(
     started, clock = datetime.now(UTC), time.monotonic()
     stop_heartbeat = start_heartbeat(lambda: _touch(scratch), _BEAT_SECONDS)
     try:
-        scratch.mkdir()
+        scratch.mkdir(parents=True)
         write(scratch)
         if check is not None:
             check()
@@ -219,7 +230,7 @@ def commit(
     except PrunelibError:
         raise
     except Exception as error:
-        full = _disk_full(error, scratch)
+        full = disk_full(error, scratch)
         if full:
             raise PrunelibError(full) from error
         if is_valid(out, key):
@@ -258,26 +269,37 @@ def remove(path: Path) -> None:
         _log.warning("%s could not be removed: %s", path, error)
 
 
-def remove_dead_writers(out: Path) -> None:
-    """Remove the scratch directories that dead writers of ``out`` left beside it.
+def discard(out: Path) -> None:
+    """Remove an artefact, valid or not; it is renamed first, so no kill leaves half of one."""
+    aside = _scratch(out, "old")
+    remove(aside)
+    out.rename(aside)
+    remove(aside)
+
+
+def is_left_by_dead_writer(path: Path, out: Path) -> bool:
+    """Whether ``path`` is a scratch directory beside ``out`` that a dead writer of it left.
 
     A writer is dead when its process on this host is gone or is another one by now, or when a
     writer on another host has shown no heartbeat for six hours.
     """
+    match = _SCRATCH.fullmatch(path.name.removeprefix(out.name))
+    if match is None or not path.name.startswith(out.name):
+        return False
+    try:
+        touched = path.lstat().st_mtime
+    except FileNotFoundError:
+        return False
+    if match["host"] == host_name():
+        start = process_start(int(match["pid"]))
+        return start is None or start > touched + _REUSE_SLACK
+    return time.time() - touched > _SILENT_SECONDS
+
+
+def remove_dead_writers(out: Path) -> None:
+    """Remove the scratch directories that dead writers of ``out`` left beside it."""
     for path in out.parent.iterdir() if out.parent.is_dir() else ():
-        match = _SCRATCH.fullmatch(path.name.removeprefix(out.name))
-        if match is None or not path.name.startswith(out.name):
-            continue
-        try:
-            touched = path.lstat().st_mtime
-        except FileNotFoundError:
-            continue
-        if match["host"] == host_name():
-            start = process_start(int(match["pid"]))
-            dead = start is None or start > touched + _REUSE_SLACK
-        else:
-            dead = time.time() - touched > _SILENT_SECONDS
-        if dead:
+        if is_left_by_dead_writer(path, out):
             _log.info("removing %s, left by a writer that is dead", path)
             remove(path)
 
@@ -362,8 +384,11 @@ def _set_aside(out: Path, key: str) -> None:
     remove(aside)
 
 
-def _disk_full(error: Exception, scratch: Path) -> str | None:
+def disk_full(error: Exception, place: Path) -> str | None:
     """Return one line about a full disk, None if ``error`` is about something else.
+
+    It names the path, the bytes that lie in ``place`` (the result needs more than that), and the
+    bytes that are free.
 
     Libraries that write from compiled code raise errors of their own, with the number in the text.
     """
@@ -375,6 +400,7 @@ def _disk_full(error: Exception, scratch: Path) -> str | None:
             number = errno.ENOSPC
     if number is None:
         return None
-    path = getattr(error, "filename", None) or scratch
-    free = shutil.disk_usage(scratch.parent).free
-    return f"{_FULL[number]} while writing {path}: {free} bytes free"
+    path = getattr(error, "filename", None) or place
+    written = sum(file.stat().st_size for file in place.rglob("*") if file.is_file())
+    free = shutil.disk_usage(next(p for p in place.parents if p.exists())).free
+    return f"{_FULL[number]} while writing {path} after {written} bytes: {free} bytes free"

@@ -80,8 +80,12 @@ def _write(out: Path, attempt: Attempt) -> None:
     path = attempt_path(out)
     path.parent.mkdir(parents=True, exist_ok=True)
     draft = path.with_name(f"{path.name}.{attempt.host}-{attempt.pid}")
-    draft.write_text(json.dumps(asdict(attempt)) + "\n", encoding="utf-8")
-    draft.replace(path)
+    try:
+        draft.write_text(json.dumps(asdict(attempt)) + "\n", encoding="utf-8")
+        draft.replace(path)
+    except OSError:
+        draft.unlink(missing_ok=True)
+        raise
 
 
 class Running:

@@ -27,6 +27,7 @@ from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 from prunelib.errors import InputError
 
@@ -138,7 +139,7 @@ def load_parsed(path: Path) -> None:
     """
     with suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(path.read_bytes())
-        if content["by"] == _parsed_by():
+        if content["by"] == _parsed_by() and content["sha256"] == _digest(content["files"]):
             for name, (definitions, imports) in content["files"].items():
                 _parsed[name] = _Source(
                     tuple((str(text), str(digest)) for text, digest in definitions),
@@ -146,11 +147,17 @@ def load_parsed(path: Path) -> None:
                 )
 
 
+def _digest(files: Mapping[str, Any]) -> str:
+    """Hash of what is kept: one flipped bit in it would plan keys that no step agrees with."""
+    return hashlib.sha256(json.dumps(files, sort_keys=True).encode()).hexdigest()
+
+
 def save_parsed(path: Path) -> None:
     """Keep the parsed files for other processes, if there are any that ``path`` does not hold."""
     with suppress(OSError, ValueError, TypeError, KeyError):
         content = json.loads(path.read_bytes())
-        if content["by"] == _parsed_by() and content["files"].keys() >= _parsed.keys():
+        whole = content["sha256"] == _digest(content["files"])
+        if whole and content["by"] == _parsed_by() and content["files"].keys() >= _parsed.keys():
             return
     files = {
         name: (source.definitions, [(i.module, i.level, i.names) for i in source.imports])
@@ -160,7 +167,8 @@ def save_parsed(path: Path) -> None:
     # It only saves time: a directory that cannot be written is no reason to stop.
     with suppress(OSError):
         path.parent.mkdir(parents=True, exist_ok=True)
-        draft.write_text(json.dumps({"by": _parsed_by(), "files": files}), encoding="utf-8")
+        content = {"by": _parsed_by(), "sha256": _digest(files), "files": files}
+        draft.write_text(json.dumps(content), encoding="utf-8")
         draft.replace(path)
 
 

@@ -127,6 +127,7 @@ def _texts(content: Mapping[str, Any], name: str) -> tuple[str, ...]:
 
 Main = Callable[[StepRequest, Path], None]
 
+_SMALL_BYTES = 64 * 2**20
 _PLANNED = Snapshot()
 
 
@@ -178,6 +179,7 @@ def execute(request: StepRequest, main: Main) -> bool:
 
     Raises:
         InputError: an input is not a valid artefact, or the request cannot be hashed.
+        IntegrityError: a file of an input is not what its record says.
         PrunelibError: the key differs from the planned one, before or after the work.
     """
     return _execute(request, main, lambda code: None)
@@ -238,7 +240,11 @@ def _input_key(name: str, directory: Path) -> str:
         except IntegrityError as error:
             fault = str(error)
         raise InputError(f"input {name!r}: {directory} is not a whole artefact ({fault})")
-    key: str = artefact.read(directory)["key"]
+    record = artefact.read(directory)
+    # What is large is verified where it is loaded, by those who load it.
+    small = [file for file, facts in record["files"].items() if facts["size"] <= _SMALL_BYTES]
+    artefact.verify(directory, small)
+    key: str = record["key"]
     return key
 
 
@@ -306,7 +312,10 @@ def run_step(main: Main) -> None:
     before = earlier_try(request.out, request.key)
     if before and before.permanent:
         _fail(step, f"{before.error} (not tried again)", before.exit_code or 1)
-    running = begin(request.out, step, request.key)
+    try:
+        running = begin(request.out, step, request.key)
+    except OSError as error:
+        _fail(step, artefact.disk_full(error, request.out) or f"OSError: {error}", 1)
     job = running.attempt.slurm_job
     _log.info(
         "try %d of %s on %s%s",
