@@ -31,6 +31,11 @@ def project_path(name):
     return Path(name) if Path(name).exists() else ROOT / name
 
 
+def shell_word(path):
+    """A path as one word of a rule's shell command, in which braces are Snakemake's own."""
+    return shlex.quote(str(path)).replace("{", "{{").replace("}", "}}")
+
+
 def load_experiment():
     """The experiment, or one line that says what is wrong with it."""
     try:

@@ -13,7 +13,7 @@ BROKEN = {
     if Path(node.target).is_file()
 }
 save_parsed(Path("results/.parsed.json"))
-RUN = f"{sys.executable} -P {ROOT}/workflow_scripts"
+RUN = f"{shell_word(sys.executable)} -P {shell_word(ROOT / 'workflow_scripts')}"
 
 
 wildcard_constraints:
@@ -48,8 +48,8 @@ THREADS = int(EXPERIMENT.data["compute"]["threads"])
 
 
 def step_command(script):
-    """The command of a step. Its log goes on from try to try and from run to run."""
-    return f"{RUN}/{script}.py --request {{params.request:q}} >> {{log}} 2>&1"
+    """The command of a step."""
+    return f"{RUN}/{script}.py --request {{params.request:q}} > {{log}} 2>&1"
 
 
 # The step replaces what it finds.

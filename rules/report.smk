@@ -11,8 +11,8 @@ def report_command(*options):
     """The command that writes the report."""
     return " ".join(
         (
-            f"{RUN}/report.py --experiment {str(EXPERIMENT.path)!r}",
-            f"--catalogue {str(EXPERIMENT.config)!r} --out results",
+            f"{RUN}/report.py --experiment {shell_word(EXPERIMENT.path)}",
+            f"--catalogue {shell_word(EXPERIMENT.config)} --out results",
             *options,
         )
     )

@@ -804,6 +804,8 @@ def test_after_another_error_a_retry_tries_again(project: Path, what: str) -> No
     found = note(project, request)
     assert found
     assert (found.permanent, found.number) == (False, 2)
+    assert [line.startswith("try 1 on ") for line in found.earlier] == [True]
+    assert f"before: {found.earlier[0]}" in errors
 
 
 def test_success_leaves_no_note(project: Path) -> None:

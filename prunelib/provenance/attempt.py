@@ -45,6 +45,7 @@ class Attempt:
             killed.
         permanent: whether trying again with the same input ends the same way.
         exit_code, error: how it ended; None like ``ended``.
+        earlier: how the earlier tries of the run ended, a line each.
     """
 
     step: str
@@ -60,6 +61,13 @@ class Attempt:
     permanent: bool = False
     exit_code: int | None = None
     error: str | None = None
+    earlier: tuple[str, ...] = ()
+
+    def describe(self) -> str:
+        """Return in one line how it ended and where."""
+        job = f", SLURM job {self.slurm_job}" if self.slurm_job else ""
+        error = self.error or "killed"
+        return f"try {self.number} on {self.host}{job}: {' '.join(error.split())}"
 
 
 def attempt_path(out: Path) -> Path:
@@ -71,6 +79,7 @@ def read_attempt(out: Path) -> Attempt | None:
     """Return the last attempt at ``out``, None if there is none or its file makes no sense."""
     try:
         content = json.loads(attempt_path(out).read_bytes())
+        content["earlier"] = tuple(content["earlier"])
         return Attempt(**{field.name: content[field.name] for field in fields(Attempt)})
     except (OSError, ValueError, TypeError, KeyError):
         return None
@@ -146,6 +155,7 @@ def begin(out: Path, step: str, key: str) -> Running:
             process_start=process_start(os.getpid()) or 0.0,
             slurm_job=os.environ.get("SLURM_JOB_ID"),
             started=time.time(),
+            earlier=(*earlier.earlier, earlier.describe()) if earlier else (),
         ),
     )
 

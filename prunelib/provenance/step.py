@@ -316,14 +316,9 @@ def run_step(main: Main) -> None:
         running = begin(request.out, step, request.key)
     except OSError as error:
         _fail(step, artefact.disk_full(error, request.out) or f"OSError: {error}", 1)
-    job = running.attempt.slurm_job
-    _log.info(
-        "try %d of %s on %s%s",
-        running.attempt.number,
-        request.out,
-        running.attempt.host,
-        f", SLURM job {job}" if job else "",
-    )
+    # The workflow empties the log for every try.
+    for line in running.attempt.earlier:
+        _log.info("before: %s", line)
     try:
         _execute(request, main, _refuse_unlisted)
     except PrunelibError as error:
