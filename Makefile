@@ -7,13 +7,15 @@ EXPERIMENT ?= config/experiments/quickstart.yaml
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv benchmark status cost doctor report test test-all test-long test-gpu lint format \
+.PHONY: help venv benchmark status cost doctor explain gc report test test-all test-long test-gpu lint format \
 	lock pin clean
 
 help:
 	@echo "make benchmark  run $(EXPERIMENT) and name the report (EXPERIMENT=..., CORES=...)"
 	@echo "make status     how each cell of EXPERIMENT stands, also while it runs"
 	@echo "make report     the report of what has finished, also while it runs"
+	@echo "make explain    why each step of EXPERIMENT would run"
+	@echo "make gc         list results that no experiment names any more; removes nothing"
 	@echo "make cost       jobs, GPU hours, memory and disk of EXPERIMENT on a cluster"
 	@echo "make doctor     check profiles/slurm against the cluster before submitting EXPERIMENT"
 	@echo "make test       the short tests (at most 10 minutes)"
@@ -45,6 +47,12 @@ report: $(READY)
 cost: $(READY)
 	@$(BIN)/python -P workflow_scripts/cost.py --experiment $(EXPERIMENT)
 
+explain: $(READY)
+	@$(BIN)/python -P workflow_scripts/explain.py --experiment $(EXPERIMENT)
+
+gc: $(READY)
+	@$(BIN)/python -P workflow_scripts/gc.py
+
 doctor: $(READY)
 	@$(BIN)/python -P workflow_scripts/doctor.py --experiment $(EXPERIMENT)
 
@@ -54,9 +62,16 @@ test: $(READY)
 test-all: $(READY)
 	$(BIN)/python -m pytest -m "not gpu"
 
-# The longer tier alone: what `make test` has not run already.
+# The longer tier alone: what `make test` has not run already. The tests on a SLURM cluster mostly
+# wait for it, so the others run beside them.
+SLURM_TESTS := tests/test_slurm.py tests/test_doctor.py
+SLURM_LOG := .pytest_cache/slurm.log
 test-long: $(READY)
-	$(BIN)/python -m pytest -m "long and not gpu"
+	@mkdir -p $(dir $(SLURM_LOG)); \
+	$(BIN)/python -m pytest -m "long and not gpu" --durations=10 $(SLURM_TESTS) >$(SLURM_LOG) 2>&1 & \
+	slurm=$$!; \
+	$(BIN)/python -m pytest -m "long and not gpu" --durations=10 $(SLURM_TESTS:%=--ignore=%); \
+	others=$$?; wait $$slurm; slurm=$$?; cat $(SLURM_LOG); exit $$((others | slurm))
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -r fE

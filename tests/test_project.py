@@ -25,6 +25,7 @@ LAYERS = [
     ["evaluation"],
     ["reporting", "experiment"],
     ["cluster"],
+    ["sharing"],
 ]
 PICKLERS = {"pickle", "dill", "joblib", "cloudpickle"}
 
@@ -76,7 +77,7 @@ def test_imports_go_downwards() -> None:
 
 
 def test_reporting_and_planning_never_import_torch() -> None:
-    for name in ("reporting", "experiment", "cluster"):
+    for name in ("reporting", "experiment", "cluster", "sharing"):
         for path in (ROOT / "prunelib" / name).rglob("*.py"):
             assert not any(m.split(".")[0] == "torch" for m in imported_modules(path)), path
 

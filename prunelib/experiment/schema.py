@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -54,6 +55,22 @@ def _place(error: jsonschema.ValidationError) -> str:
     return place.lstrip(".") or "top level"
 
 
+def _whole_pattern(
+    validator: Any, pattern: str, instance: Any, schema: Any
+) -> Iterator[jsonschema.ValidationError]:
+    """Hold a text against a pattern in which ``$`` is the end, not also the place before a newline.
+
+    So JSON Schema has it; Python's ``$`` would let a name end in a newline.
+    """
+    if isinstance(instance, str) and not re.search(re.sub(r"\$$", r"\\Z", pattern), instance):
+        yield jsonschema.ValidationError(f"{instance!r} does not match {pattern!r}")
+
+
+_Validator = jsonschema.validators.extend(
+    jsonschema.Draft202012Validator, {"pattern": _whole_pattern}
+)
+
+
 def validate(data: Any, schema: str, path: Path) -> None:
     """Hold data against ``config/schemas/<schema>.schema.json``.
 
@@ -61,7 +78,7 @@ def validate(data: Any, schema: str, path: Path) -> None:
         InputError: file, key, what was given and what is allowed, on one line.
     """
     rules = json.loads((SCHEMAS / f"{schema}.schema.json").read_text(encoding="utf-8"))
-    validator = jsonschema.Draft202012Validator(rules)
+    validator = _Validator(rules)
     error = jsonschema.exceptions.best_match(validator.iter_errors(data))
     if error is not None:
         message = " ".join(error.message.split())

@@ -1,0 +1,1 @@
+"""Keeping results small, explained, and shared between laboratories."""
