@@ -33,7 +33,11 @@ if not CLUSTER_RUN and "gpu" not in workflow.global_resources and visible_gpus()
 
 def runs_here(step):
     """Whether a step's jobs are too short for the queue. A job that is on a node just runs."""
-    return workflow.is_main_process and is_local(step, NODES.values(), CLUSTER)
+    return (
+        CLUSTER_RUN
+        and workflow.is_main_process
+        and is_local(step, NODES.values(), CLUSTER)
+    )
 
 
 def asked(node, attempt):
@@ -72,15 +76,21 @@ def of_step(step):
     in common, whatever the try, is given as it is. A job on a node has only itself to look at.
     """
     nodes = [node for node in NODES.values() if node.step == step]
-    if workflow.is_main_process and NAMES:
-        tries = [asked(node, attempt) for node in nodes for attempt in (1, 2, 3)]
-        found = {name: {asking[name] for asking in tries} for name in NAMES}
-    else:
-        found = {name: set() for name in NAMES}
+    first = (
+        [asked(node, 1) for node in nodes] if workflow.is_main_process and NAMES else []
+    )
+    found = {name: {asking[name] for asking in first} for name in NAMES}
+
+    def is_common(name):
+        # Memory, time and GPUs grow with the tries; no GPU stays none.
+        return len(found[name]) == 1 and (
+            name not in ("mem_mb", "runtime", "gpu") or found[name] == {0}
+        )
+
     return {
         name: (
-            values.pop()
-            if len(values) == 1
+            next(iter(values))
+            if is_common(name)
             else lambda wildcards, attempt, name=name: (
                 asked(node_of(wildcards), attempt)[name]
             )
