@@ -1,8 +1,22 @@
 # What each step asks a cluster for: gpus, memory, time and cpus from config/cluster.yaml. A run on
 # one machine does not look at them.
-from prunelib.cluster.resources import is_local, request
-from prunelib.cluster.settings import Cluster
 from prunelib.provenance.environment import visible_gpus
+
+# With an executor that submits jobs, or in such a job.
+CLUSTER_RUN = (
+    workflow.resource_settings.nodes is not None or not workflow.is_main_process
+)
+# On one machine nobody hands out its GPUs: one step at a time, unless --resources gpu=N says more.
+if not CLUSTER_RUN and "gpu" not in workflow.global_resources and visible_gpus():
+    workflow.register_resource("gpu", 1)
+if CLUSTER_RUN or "gpu" in workflow.global_resources:
+    from prunelib.cluster.resources import is_local, request
+    from prunelib.cluster.settings import Cluster
+
+    try:
+        CLUSTER = Cluster.load(project_path(config["cluster"]))
+    except PrunelibError as error:
+        raise WorkflowError(f"{error}")
 
 # The profile's default-resources, our own names among them.
 DEFAULTS = {
@@ -14,21 +28,6 @@ DEFAULTS = {
         )
     )
 }
-
-
-try:
-    CLUSTER = Cluster.load(project_path(config["cluster"]))
-except PrunelibError as error:
-    raise WorkflowError(f"{error}")
-
-
-# With an executor that submits jobs, or in such a job.
-CLUSTER_RUN = (
-    workflow.resource_settings.nodes is not None or not workflow.is_main_process
-)
-# On one machine nobody hands out its GPUs: one step at a time, unless --resources gpu=N says more.
-if not CLUSTER_RUN and "gpu" not in workflow.global_resources and visible_gpus():
-    workflow.register_resource("gpu", 1)
 
 
 def runs_here(step):

@@ -12,9 +12,6 @@ sys.path.insert(0, str(ROOT))
 
 from snakemake.exceptions import WorkflowError
 
-from prunelib.cluster import watch
-from prunelib.cluster.orphans import check_policy, settle
-from prunelib.cluster.progress import failures
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node, closure, needed
@@ -53,10 +50,13 @@ EXPERIMENT = load_experiment()
 
 STARTED = time.time()
 ORPHANS = config.get("orphans", "wait")
-try:
-    check_policy(ORPHANS, "configuration")
-except PrunelibError as error:
-    raise WorkflowError(f"{error}")
+if ORPHANS != "wait":
+    from prunelib.cluster.orphans import check_policy
+
+    try:
+        check_policy(ORPHANS, "configuration")
+    except PrunelibError as error:
+        raise WorkflowError(f"{error}")
 
 
 # Jobs inherit it. The tries of one run at a step are counted by it.
@@ -75,6 +75,10 @@ def start_again():
 
 
 onstart:
+    # Here, not at the top: a plan, and every job on a node, read this file and start nothing.
+    from prunelib.cluster import watch
+    from prunelib.cluster.orphans import settle
+
     # Only a real run gets here: a dry run plans what cannot be fetched yet.
     problems = EXPERIMENT.preflight()
     if problems:

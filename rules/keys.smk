@@ -10,7 +10,7 @@ NODES = closure(TERMINAL)
 BROKEN = {
     key: f"results/.broken/{key}-{Path(node.target).stat().st_mtime_ns}"
     for key, node in (needed(TERMINAL) if workflow.is_main_process else {}).items()
-    if Path(node.target).is_file()
+    if os.path.isfile(node.target)
 }
 save_parsed(Path("results/.parsed.json"))
 RUN = f"{shell_word(sys.executable)} -P {shell_word(ROOT / 'workflow_scripts')}"

@@ -35,6 +35,8 @@ onsuccess:
 
 
 onerror:
+    from prunelib.cluster.progress import failures
+
     for line in failures(NODES, STARTED):
         say(line)
     # What has finished is worth a page; it names what is missing, and is no whole report.

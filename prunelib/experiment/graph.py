@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
@@ -77,10 +78,10 @@ class Node:
         """The artefact directory, relative to the working directory."""
         return RESULTS.joinpath(self.step, *self.labels, self.key)
 
-    @property
+    @cached_property
     def target(self) -> str:
         """The file that Snakemake waits for."""
-        return str(self.directory / artefact.RECORD)
+        return f"{self.directory}/{artefact.RECORD}"
 
     @property
     def name(self) -> str:
@@ -131,7 +132,11 @@ def needed(terminal: Iterable[Node]) -> dict[str, Node]:
         if node.key in seen:
             continue
         seen.add(node.key)
-        if not artefact.is_valid(node.directory, node.key):
+        # Most of a new experiment is not there at all, which takes one look.
+        if not (
+            os.path.exists(node.target)  # noqa: PTH110
+            and artefact.is_valid(node.directory, node.key)
+        ):
             found[node.key] = node
             waiting.extend(node.inputs.values())
     return found

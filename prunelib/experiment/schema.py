@@ -17,7 +17,11 @@ SCHEMAS = Path(__file__).resolve().parents[2] / "config" / "schemas"
 CATALOGUES = ("models", "texts", "methods", "calibration", "recovery", "evaluation")
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
+# libyaml's is ten times as fast; not every build of PyYAML has it.
+_SafeLoader: type[yaml.SafeLoader] = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
+
+
+class _UniqueKeyLoader(_SafeLoader):  # type: ignore[misc, valid-type]
     """YAML without tags that build objects, and without silently repeated keys."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
@@ -29,7 +33,8 @@ class _UniqueKeyLoader(yaml.SafeLoader):
                     None, None, f"key {key!r} is given twice", key_node.start_mark
                 )
             seen.add(key)
-        return super().construct_mapping(node, deep)
+        made: dict[Any, Any] = super().construct_mapping(node, deep)
+        return made
 
 
 def read_yaml(path: Path) -> Any:

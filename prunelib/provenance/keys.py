@@ -19,6 +19,7 @@ from prunelib.provenance.fingerprint import Fingerprint
 
 _KEY_RULES = 1
 """Raised when the meaning of a key changes, so that old and new keys never collide."""
+_PLAIN = frozenset({str, int, bool, type(None)})
 
 
 @cache
@@ -57,19 +58,21 @@ def _dump(value: Any) -> str:
 def _refuse_what_json_lacks(value: Any, where: str) -> None:
     # By exact type first: this runs over every value of every key while the DAG is built.
     kind = type(value)
-    if kind is str or kind is int or kind is bool or value is None:
+    if kind in _PLAIN:
         return
     if isinstance(value, float):
         if not math.isfinite(value):
             raise InputError(f"{where}: {value!r} is not a finite number")
-    elif isinstance(value, Mapping):
+    elif kind is dict or isinstance(value, Mapping):
         for name, item in value.items():
             if not isinstance(name, str):
                 raise InputError(f"{where}: key {name!r} is not a string")
-            _refuse_what_json_lacks(item, f"{where}.{name}")
+            if type(item) not in _PLAIN:
+                _refuse_what_json_lacks(item, f"{where}.{name}")
     elif isinstance(value, list | tuple):
         for index, item in enumerate(value):
-            _refuse_what_json_lacks(item, f"{where}[{index}]")
+            if type(item) not in _PLAIN:
+                _refuse_what_json_lacks(item, f"{where}[{index}]")
     elif not isinstance(value, str | int):
         raise InputError(f"{where}: a {type(value).__name__} cannot be part of a key")
 
