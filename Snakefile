@@ -31,7 +31,7 @@ rule all:
     input:
         # A function: jobs on a cluster read this file too, and have no use for it.
         lambda wildcards: [
-            report_stamp(),
+            str(report_stamp(EXPERIMENT)),
             # Named here too: a report that stands does not make a lost artefact of its cells.
             *(node.target for node in TERMINAL),
             *BROKEN.values(),

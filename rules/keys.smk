@@ -1,15 +1,23 @@
 # Content keys: every artefact lies at results/<step>/<labels>/<key>/ and is valid when its
 # provenance.json and the files that it lists are there. Inputs are ancient(): the key in the path
 # says everything, file times say nothing.
+from prunelib.sharing.repository import awaited, steps_of
+
 load_parsed(Path("results/.parsed.json"))
-TERMINAL = [node for cell in EXPERIMENT.cells for node in cell.steps.values()]
-NODES = closure(TERMINAL)
+STEPS = steps_of(EXPERIMENT)
+NODES = closure(STEPS)
+# Jobs on a cluster read this file too; what they shall make has been decided.
+PLANS = workflow.is_main_process
+# Not the checkpoints that others share: the report reads what git has of them, and a step that
+# needs one still asks for it.
+TERMINAL = awaited(STEPS) if PLANS else STEPS
+# What has to be made.
+WANTED = needed(TERMINAL) if PLANS else {}
 # Half an artefact: its record is there, a file of it is not. It is put away and made again: a stamp
-# that is newer than the record, asked for by the last rule, is an input of its step. Jobs on a
-# cluster read this file too; what they shall make has been decided.
+# that is newer than the record, asked for by the last rule, is an input of its step.
 BROKEN = {
     key: f"results/.broken/{key}-{Path(node.target).stat().st_mtime_ns}"
-    for key, node in (needed(TERMINAL) if workflow.is_main_process else {}).items()
+    for key, node in WANTED.items()
     if os.path.isfile(node.target)
 }
 save_parsed(Path("results/.parsed.json"))
@@ -33,8 +41,15 @@ def node_of(wildcards):
 
 
 def inputs_of(wildcards):
-    """The records of a step's upstream artefacts."""
-    records = [ancient(node.target) for node in node_of(wildcards).inputs.values()]
+    """The records of a step's upstream artefacts; none for a step that is finished.
+
+    Snakemake takes ancient() back for a file that is missing: it would delete and redo every
+    finished step below an intermediate that a new one needs again.
+    """
+    node = node_of(wildcards)
+    if PLANS and node.key not in WANTED and os.path.isfile(node.target):
+        return []
+    records = [ancient(upstream.target) for upstream in node.inputs.values()]
     return records + [BROKEN[key] for key in BROKEN if key == wildcards.key]
 
 

@@ -1,10 +1,5 @@
 # Table, plots and page under stable names, made anew from the cells. The stamp names what they show.
-from prunelib.experiment.graph import report_key
-
-
-def report_stamp():
-    """The stamp that stands while results/report.html shows this experiment as it is now."""
-    return f"results/.report-{report_key(EXPERIMENT.report(), NODES)}"
+from prunelib.sharing.repository import report_stamp
 
 
 def report_command(*options):
@@ -30,7 +25,7 @@ rule report:
 
 
 onsuccess:
-    if Path(report_stamp()).exists():
+    if report_stamp(EXPERIMENT).exists():
         print(f"report: {Path('results/report.html').resolve()}")
 
 

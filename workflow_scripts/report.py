@@ -13,6 +13,7 @@ from prunelib.cluster.progress import why_missing
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.reporting.build import build
+from prunelib.sharing.repository import readable
 
 PUBLISHED = Path(__file__).resolve().parents[1] / "config" / "published"
 
@@ -33,6 +34,12 @@ def main(arguments: list[str] | None = None) -> int:
         if options.partial:
             for cell, told in zip(experiment.cells, description["cells"], strict=True):
                 told["failures"] = why_missing(cell.steps)
+        for told in description["cells"]:
+            # Of a checkpoint that others share, git's record is enough.
+            told["artefacts"] = {
+                name: str(readable(Path(place))) if place else None
+                for name, place in told["artefacts"].items()
+            }
         path = build(description, options.out, published=PUBLISHED, partial=options.partial)
     except PrunelibError as error:
         print(f"report: {error}", file=sys.stderr)

@@ -15,6 +15,7 @@ from prunelib.cluster import progress
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Cell, Experiment
 from prunelib.experiment.graph import Node, closure
+from prunelib.sharing.repository import is_here, is_shared
 
 _ORDER = (progress.FAILED, progress.RUNNING, progress.QUEUED, progress.WAITING)
 
@@ -66,6 +67,9 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"status: SLURM's queue cannot be read: {error}", file=sys.stderr)
             jobs = []
         found = progress.standings(nodes, jobs)
+        # A checkpoint that others share is as good as done, unless a step waits for it.
+        shared = [key for key, node in nodes.items() if not is_here(node.directory)]
+        found |= {key: progress.Standing(progress.DONE) for key in shared if is_shared(nodes[key])}
     except PrunelibError as error:
         print(f"error: status: {error}", file=sys.stderr)
         return error.exit_code
