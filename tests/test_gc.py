@@ -123,13 +123,15 @@ def git(*arguments: str) -> None:
 
 
 @pytest.mark.parametrize("tracked", ["provenance.json", ".dvc"])
-def test_what_a_tag_names_is_live(project: Path, tracked: str) -> None:
+def test_what_git_holds_or_a_tag_names_is_live(project: Path, tracked: str) -> None:
     path = dead_prune() / tracked if tracked != ".dvc" else Path(f"{dead_prune()}.dvc")
     path.touch()
     git("init", "-q")
     git("add", "-f", str(path))
     git("commit", "-qm", "one")
-    assert (dead_prune().as_posix() in paths(census().dead)) == (tracked != ".dvc")
+    # What git holds is not lost by a removal, but it would be a change to the repository.
+    assert dead_prune().as_posix() not in paths(census().dead)
+    assert f"git holds {path}" in gc.why(dead_prune().name, census())
     git("tag", "v1")
     git("rm", "-q", "--cached", str(path))
     git("commit", "-qm", "two")
@@ -143,7 +145,7 @@ def test_what_a_tag_names_is_live(project: Path, tracked: str) -> None:
 def test_git_that_cannot_answer_is_no_licence_to_delete(project: Path) -> None:
     git("init", "-q")
     Path(".git", "HEAD").write_text("garbage")
-    with pytest.raises(PrunelibError, match="tags may name artefacts, but git tag says: "):
+    with pytest.raises(PrunelibError, match="git may name artefacts, but git ls-files says: "):
         census()
 
 

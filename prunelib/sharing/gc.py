@@ -2,7 +2,7 @@
 
 Keys pile up: every change of code, parameters or packages makes new ones and leaves the old
 artefacts where they are, so that changing back costs nothing. Dead is what no experiment file
-plans, no live artefact was made from, no ``.dvc`` file and no git tag names, and nobody works on.
+plans, no live artefact was made from, no ``.dvc`` file, no file in git and no tag names, and nobody works on.
 """
 
 from __future__ import annotations
@@ -170,8 +170,8 @@ def experiment_files(directory: Path, more: Iterable[Path]) -> list[Path]:
     return [*sorted((*directory.glob("*.yaml"), *directory.glob("*.yml"))), *more]
 
 
-def tagged() -> dict[str, list[str]]:
-    """Return, by key, the tags of this directory's git repository whose trees name it, and where.
+def named_by_git() -> dict[str, list[str]]:
+    """Return, by key, where this directory's git repository names it: its index, and its tags.
 
     Raises:
         PrunelibError: git cannot be asked although there is a repository.
@@ -179,13 +179,17 @@ def tagged() -> dict[str, list[str]]:
     # Not git's own word: it takes a damaged repository for none.
     if not any((place / ".git").exists() for place in (Path.cwd(), *Path.cwd().parents)):
         return {}
-    found: dict[str, list[str]] = {}
+    listings = {"git holds": _git("ls-files", "-z", "--full-name", RESULTS.name)}
     for tag in _git("tag", "--list").splitlines():
-        for path in _git("ls-tree", "-r", "-z", "--name-only", "--full-tree", tag).split("\0"):
+        listing = _git("ls-tree", "-r", "-z", "--name-only", "--full-tree", tag)
+        listings[f"git tag {tag} names"] = listing
+    found: dict[str, list[str]] = {}
+    for whose, listing in listings.items():
+        for path in listing.split("\0"):
             if RESULTS.name in (parts := PurePosixPath(path).parts):
                 for part in parts:
                     if _KEY.fullmatch(key := part.partition(".")[0]):
-                        found.setdefault(key, []).append(f"git tag {tag} names {path}")
+                        found.setdefault(key, []).append(f"{whose} {path}")
     return found
 
 
@@ -193,11 +197,11 @@ def _git(*arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], capture_output=True, text=True, check=True)
     except FileNotFoundError as error:
-        raise PrunelibError("tags may name artefacts, but git is not installed") from error
+        raise PrunelibError("git may name artefacts, but git is not installed") from error
     except subprocess.CalledProcessError as error:
         lines = error.stderr.strip().splitlines() or [f"exit code {error.returncode}"]
         raise PrunelibError(
-            f"tags may name artefacts, but git {arguments[0]} says: {lines[0]}"
+            f"git may name artefacts, but git {arguments[0]} says: {lines[0]}"
         ) from error
     return done.stdout
 
@@ -254,7 +258,7 @@ def take_census(
             live(key, f"{path} plans it: {node.name}")
     for key, pointer in tree.pointers:
         live(key, f"{pointer} stands for it")
-    for key, whys in tagged().items():
+    for key, whys in named_by_git().items():
         reasons.setdefault(key, []).extend(whys)
     at_work = _at_work(tree, _jobs(objections))
     for key, who in at_work.items():
