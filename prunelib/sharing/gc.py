@@ -2,7 +2,8 @@
 
 Keys pile up: every change of code, parameters or packages makes new ones and leaves the old
 artefacts where they are, so that changing back costs nothing. Dead is what no experiment file
-plans, no live artefact was made from, no ``.dvc`` file, no file in git and no tag names, and nobody works on.
+plans, no live artefact was made from, no ``.dvc`` file, no file in git and no tag names, and
+nobody works on.
 """
 
 from __future__ import annotations
