@@ -86,7 +86,9 @@ def of_step(step):
             name not in ("mem_mb", "runtime", "gpu") or found[name] == {0}
         )
 
-    return {
+    # Snakemake's own default, which it would evaluate for every job. On a cluster it is the node's.
+    here = {} if CLUSTER_RUN else {"tmpdir": tempfile.gettempdir()}
+    return here | {
         name: (
             next(iter(values))
             if is_common(name)

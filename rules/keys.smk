@@ -49,13 +49,22 @@ def inputs_of(wildcards):
     node = node_of(wildcards)
     if PLANS and node.key not in WANTED and os.path.isfile(node.target):
         return []
-    records = [ancient(upstream.target) for upstream in node.inputs.values()]
+    upstream = node.inputs.values()
+    records = [
+        ancient(above.target)
+        for above in (waits_for(upstream, WANTED) if PLANS else upstream)
+    ]
     return records + [BROKEN[key] for key in BROKEN if key == wildcards.key]
 
 
 def request_of(wildcards):
     """What the step is told, as JSON."""
     return node_of(wildcards).request()
+
+
+# Snakemake looks at the signatures of these functions several times for every job.
+for function in (inputs_of, request_of):
+    function.__signature__ = inspect.signature(function)
 
 
 # Threads of a computing step: part of the experiment, since they decide the last bits.

@@ -15,7 +15,7 @@ def report_command(*options):
 
 rule report:
     input:
-        lambda wildcards: [ancient(node.target) for node in TERMINAL],
+        lambda wildcards: [ancient(node.target) for node in waits_for(TERMINAL, WANTED)],
     output:
         touch("results/.report-{key}"),
     log:

@@ -142,6 +142,29 @@ def needed(terminal: Iterable[Node]) -> dict[str, Node]:
     return found
 
 
+def waits_for(nodes: Iterable[Node], making: Mapping[str, Node]) -> list[Node]:
+    """Return what something that needs ``nodes`` has to wait for: those that bring no other along.
+
+    A step that will be made has waited for its own inputs; to wait for these again says nothing
+    new, and a planner pays for every edge of the graph.
+
+    Args:
+        nodes: what is needed, in order.
+        making: the nodes, by key, that are going to be made.
+    """
+    nodes = list(nodes)
+    brought: set[str] = set()
+    waiting = [node for node in nodes if node.key in making]
+    seen: set[str] = set()
+    while waiting:
+        for above in waiting.pop().inputs.values():
+            brought.add(above.key)
+            if above.key in making and above.key not in seen:
+                seen.add(above.key)
+                waiting.append(above)
+    return [node for node in nodes if node.key not in brought]
+
+
 def report_key(description: Mapping[str, Any], nodes: Mapping[str, Node]) -> str:
     """Return the key of what the report would show: the cells, their artefacts and its code."""
     packages = ("matplotlib", "pandas", "seaborn")

@@ -127,7 +127,11 @@ def run_script(name: str, arguments: Iterable[str]) -> None:
     """
     script = ROOT / "workflow_scripts" / f"{name}.py"
     command = [sys.executable, "-P", str(script), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    # The library beside the script, as in the workflow, also where another one is installed.
+    path = os.pathsep.join([str(ROOT), *filter(None, [os.environ.get("PYTHONPATH")])])
+    done = subprocess.run(
+        command, capture_output=True, text=True, check=False, env=os.environ | {"PYTHONPATH": path}
+    )
     if done.returncode:
         words = (done.stderr.strip().splitlines() or ["it does not say why"])[-1]
         raise PrunelibError(f"{script.name} failed: {words}")
