@@ -7,7 +7,7 @@ EXPERIMENT ?= config/experiments/quickstart.yaml
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: help venv benchmark status cost doctor explain gc report test test-all test-long test-gpu lint format \
+.PHONY: help venv benchmark status cost doctor explain gc publish obtain report test test-all test-long test-gpu lint format \
 	lock pin clean
 
 help:
@@ -16,6 +16,8 @@ help:
 	@echo "make report     the report of what has finished, also while it runs"
 	@echo "make explain    why each step of EXPERIMENT would run"
 	@echo "make gc         list results that no experiment names any more; removes nothing"
+	@echo "make publish    share what EXPERIMENT has finished: DVC's remote and one commit"
+	@echo "make obtain     get what others shared of EXPERIMENT (ALL=1: every checkpoint)"
 	@echo "make cost       jobs, GPU hours, memory and disk of EXPERIMENT on a cluster"
 	@echo "make doctor     check profiles/slurm against the cluster before submitting EXPERIMENT"
 	@echo "make test       the short tests (at most 10 minutes)"
@@ -52,6 +54,12 @@ explain: $(READY)
 
 gc: $(READY)
 	@$(BIN)/python -P workflow_scripts/gc.py
+
+publish: $(READY)
+	@$(BIN)/python -P workflow_scripts/publish.py --experiment $(EXPERIMENT)
+
+obtain: $(READY)
+	@$(BIN)/python -P workflow_scripts/obtain.py --experiment $(EXPERIMENT) $(if $(ALL),--all)
 
 doctor: $(READY)
 	@$(BIN)/python -P workflow_scripts/doctor.py --experiment $(EXPERIMENT)

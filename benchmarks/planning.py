@@ -1,8 +1,9 @@
 """Measure `snakemake -n` on an experiment with 10,000 steps: before anything exists, and after.
 
-Also: `snakemake` itself when all of it exists, and on the finished quickstart-sized experiment.
-The results are made up, with records as the steps write them. Seconds and peak resident memory are
-those of one process each; medians of the repeats.
+Also: `snakemake` itself when all of it exists, and on the finished quickstart. The results are made
+up, with records as the steps write them. Beside it, as what Snakemake takes by itself on this
+machine, a plan of as many jobs with the same directives (input function, log, parameter) and no
+logic. Seconds and peak resident memory are those of one process each; medians of the repeats.
 
     python benchmarks/planning.py
 """
@@ -32,6 +33,23 @@ from prunelib.provenance.keys import package_versions
 from prunelib.sharing.repository import report_stamp, steps_of
 
 CONFIG = ROOT / "config"
+BARE = """
+def above(wildcards):
+    return ancient("results/a/x/" + wildcards.i)
+rule all:
+    input: expand("results/b/x/{i}", i=range(PAIRS))
+rule a:
+    output: "results/a/{label}/{i}"
+    log: "logs/a/{label}/{i}"
+    params: request=lambda wildcards: "x" * 1000
+    shell: "python a.py --request {params.request:q} > {log} 2>&1"
+rule b:
+    input: above
+    output: "results/b/{label}/{i}"
+    log: "logs/b/{label}/{i}"
+    params: request=lambda wildcards: "x" * 1000
+    shell: "python b.py --request {params.request:q} > {log} 2>&1"
+"""
 QUICKSTART = CONFIG / "experiments" / "quickstart.yaml"
 STEPS = 10_000
 LIMIT_SECONDS, LIMIT_MB = 20.0, 500.0
@@ -80,11 +98,12 @@ def forge(path: Path) -> None:
     report_stamp(Experiment.load(path, CONFIG)).touch()
 
 
-def measured(experiment: Path, *options: str) -> tuple[float, float, str]:
+def measured(experiment: Path | None, *options: str) -> tuple[float, float, str]:
     """Run Snakemake; return seconds, peak memory in MB of its process, and what it says."""
-    command = [sys.executable, "-m", "snakemake", "--snakefile", str(ROOT / "Snakefile")]
-    command += ["--cores", "2", *options]
-    command += ["--config", f"experiment={experiment}", f"catalogue={CONFIG}"]
+    command = [sys.executable, "-m", "snakemake", "--cores", "2", *options]
+    if experiment:
+        command += ["--snakefile", str(ROOT / "Snakefile")]
+        command += ["--config", f"experiment={experiment}", f"catalogue={CONFIG}"]
     begin = time.perf_counter()
     with subprocess.Popen(
         command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -127,6 +146,12 @@ def main() -> int:
         large = large_experiment(Path(name))
         steps = len(nodes_of(large))
         plan = ("-n", "-q", "rules")
+        Path("Snakefile").write_text(f"PAIRS = {steps // 2}\n{BARE}", encoding="utf-8")
+        report(
+            f"bare Snakemake: -n, {steps // 2 * 2:,} jobs, nothing exists",
+            lambda: measured(None, *plan),
+            float("inf"),
+        )
         said = report(
             f"snakemake -n, {steps:,} steps, nothing exists",
             lambda: measured(large, *plan),

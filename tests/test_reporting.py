@@ -20,7 +20,7 @@ from prunelib.errors import InputError, IntegrityError
 from prunelib.reporting.artefacts import Cell, Report, Target, load_report
 from prunelib.reporting.build import build
 from prunelib.reporting.flags import find_flags, off_budget
-from prunelib.reporting.html import cost_tables, headlines
+from prunelib.reporting.html import cost_tables, headlines, sharing_sizes
 from prunelib.reporting.plots import widths
 from prunelib.reporting.published import (
     compare,
@@ -241,6 +241,30 @@ def test_rows_and_summary_have_the_hand_computed_figures(bench: Bench) -> None:
         "mean": pytest.approx(math.exp(3.3)),
         "n": 1,
     }
+
+
+def test_sizes_to_be_shared_are_summed_over_artefacts_not_over_cells(bench: Bench) -> None:
+    """From the records: the weights themselves need not be there."""
+    plans = 0
+    for cell in bench.cells:
+        if not cell["artefacts"]["prune"]:
+            continue
+        path = Path(cell["artefacts"]["prune"], "provenance.json")
+        record = json.loads(path.read_text())
+        plans += record["files"]["plan.json"]["size"]
+        record["files"]["model.safetensors"] = {"size": 2_000_000, "sha256": "0" * 64}
+        path.write_text(json.dumps(record))
+    adapter = bench.artefact("recovery", "a", {"x": 1})
+    shared = bench.cells[-1]["artefacts"]["prune"]
+    bench.cell("again", "good", target=0.2, seed=1, recipe="lora", prune=shared, recovery=adapter)
+    row = load_cells(bench.report()).set_index("cell").loc["again"]
+    assert row["checkpoint_bytes"] == 2_000_000 + row["plan_bytes"]
+    assert row["adapter_bytes"] == len('{"x": 1}')
+    assert sharing_sizes(bench.report()) == (
+        f"4 pruned checkpoints take {(8_000_000 + plans) / 1e6:.1f} MB; shared as plans, from "
+        f"which the same bytes are made again, {plans / 1e6:.3f} MB; "
+        "1 adapters take 0.0 MB in both forms."
+    )
 
 
 def test_seeds_that_share_an_artefact_count_once(bench: Bench) -> None:

@@ -25,6 +25,7 @@ from prunelib.reporting.table import (
     metric_columns,
     metric_of,
     number,
+    sharing_bytes,
 )
 
 if TYPE_CHECKING:
@@ -371,6 +372,31 @@ def provenance_rows(report: Report) -> list[dict[str, Any]]:
     return rows
 
 
+def sharing_sizes(report: Report) -> str:
+    """One sentence: what checkpoints and adapters take in full, and checkpoints as plans."""
+    found: dict[str, dict[str, int]] = {}
+    for cell in report.cells:
+        for name, size in sharing_bytes(cell).items():
+            step = "recovery" if name == "adapter_bytes" else "prune"
+            found.setdefault(name, {})[cell.artefacts[step].key] = size
+    if not found:
+        return ""
+    total = {name: sum(sizes.values()) / 1e6 for name, sizes in found.items()}
+    sentences = []
+    if "checkpoint_bytes" in found:
+        sentences.append(
+            f"{len(found['checkpoint_bytes'])} pruned checkpoints take "
+            f"{total['checkpoint_bytes']:,.1f} MB; shared as plans, from which the same bytes are "
+            f"made again, {total['plan_bytes']:,.3f} MB"
+        )
+    if "adapter_bytes" in found:
+        sentences.append(
+            f"{len(found['adapter_bytes'])} adapters take {total['adapter_bytes']:,.1f} MB in both "
+            "forms"
+        )
+    return "; ".join(sentences) + "."
+
+
 def _commit(git: Any) -> str:
     if not isinstance(git, Mapping):
         return ""
@@ -435,6 +461,7 @@ def render(
         comparisons=comparisons,
         plots=[(plot, base64.b64encode(plot.png).decode()) for plot in plots],
         provenance=provenance_rows(report),
+        sizes=sharing_sizes(report),
         models=report.models,
         texts=report.texts,
         methods={name: report.methods[name] for name in used if name in report.methods},

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
-from prunelib.reporting.artefacts import STEPS, Cell, Report, hardware_label
+from prunelib.reporting.artefacts import CONTENT, STEPS, Cell, Report, hardware_label
 from prunelib.reporting.stats import bootstrap_limits, estimate, student_t_quantile
 
 if TYPE_CHECKING:
@@ -182,6 +182,23 @@ def _size_columns(report: Report, cell: Cell) -> dict[str, Any]:
     }
 
 
+def sharing_bytes(cell: Cell) -> dict[str, int]:
+    """Bytes of a cell's checkpoint in full and as its plan alone, and of its adapter.
+
+    From the records, so that they are known where the files are not. An adapter is stored in both
+    forms; see docs/sharing.md.
+    """
+    sizes = {}
+    if checkpoint := cell.artefacts.get("prune"):
+        files = checkpoint.provenance["files"]
+        sizes["checkpoint_bytes"] = sum(facts["size"] for facts in files.values())
+        sizes["plan_bytes"] = files[CONTENT["prune"]]["size"]
+    if adapter := cell.artefacts.get("recovery"):
+        files = adapter.provenance["files"]
+        sizes["adapter_bytes"] = sum(facts["size"] for facts in files.values())
+    return sizes
+
+
 def _status(cell: Cell) -> str:
     if not cell.missing:
         return "complete"
@@ -202,7 +219,7 @@ def _row(report: Report, cell: Cell) -> dict[str, Any]:
         "status": _status(cell),
         "missing": "; ".join(f"{step}: {why}" for step, why in sorted(cell.missing.items())),
     }
-    row |= _size_columns(report, cell)
+    row |= _size_columns(report, cell) | sharing_bytes(cell)
     if cell.content("perplexity"):
         row |= _perplexity_columns(cell.content("perplexity"))
     if cell.content("tasks"):
