@@ -1016,6 +1016,13 @@ def test_another_repository_takes_one_checkpoint(published: Path, tmp_path: Path
     dvc(elsewhere, "init", "-q")
     dvc(elsewhere, "import", str(a), str(path), "-o", "checkpoint")
     dvc(elsewhere, "get", str(a), str(path), "-o", "once")
+    # A name that stays: dvc.yaml and an annotated tag.
+    with (a / "dvc.yaml").open("a") as file:
+        file.write(f"artifacts:\n  small-chat:\n    path: {path}\n    type: model\n")
+    git(a, "commit", "-q", "-am", "Name a checkpoint")
+    git(a, "tag", "-a", "small-chat@v1.0.0", "-m", "first")
+    dvc(elsewhere, "artifacts", "get", str(a), "small-chat", "-o", "named")
+    artefact.verify(elsewhere / "named")
     models = [
         AutoModelForCausalLM.from_pretrained(place)
         for place in (a / path, elsewhere / "checkpoint", elsewhere / "once")
