@@ -46,7 +46,7 @@ from tiny_project import (
 
 from prunelib.errors import InputError, IntegrityError, PrunelibError
 from prunelib.experiment.graph import SCRIPTS, Node, closure
-from prunelib.provenance import artefact
+from prunelib.provenance import artefact, step
 from prunelib.provenance.step import StepRequest, execute
 from prunelib.sharing.explain import explain
 
@@ -139,6 +139,35 @@ def test_a_flipped_bit_in_any_input_of_any_step_is_found_before_work_begins(
         ("perplexity", "fetch_text"),
         ("efficiency", "prune"),
     }
+
+
+@pytest.mark.parametrize(
+    ("name", "at_start"),
+    [
+        ("statistics.safetensors", True),
+        ("articles.jsonl", True),
+        ("model-00001-of-00002.safetensors", False),
+    ],
+)
+def test_of_large_inputs_only_weights_wait_for_their_reader(
+    project: Path, monkeypatch: pytest.MonkeyPatch, name: str, at_start: bool
+) -> None:
+    monkeypatch.setattr(step, "_SMALL_BYTES", 3)
+    node = next(node for node in graph().values() if node.step == "scores" and len(node.inputs) > 1)
+    upstream = node.inputs["activations"]
+    for directory in (node.directory, upstream.directory):
+        shutil.rmtree(directory)
+
+    def write(request: StepRequest, out: Path) -> None:
+        (out / name).write_text("large")
+
+    execute(StepRequest.from_json(upstream.request()), write)
+    (upstream.directory / name).write_text("Large")
+    if at_start:
+        with pytest.raises(IntegrityError, match=f"{name}: sha256 is "):
+            execute(StepRequest.from_json(node.request()), never)
+    else:
+        assert execute(StepRequest.from_json(node.request()), copy_forged)
 
 
 def copy_forged(request: StepRequest, out: Path) -> None:
