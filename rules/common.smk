@@ -107,6 +107,11 @@ onstart:
             start_again()
         if workflow.non_local_exec:
             watch.check_status_command(status_command)
-            watch.start(status_command, say)
+
+            def again():
+                launch.release()
+                start_again()
+
+            watch.start(status_command, say, again)
     except PrunelibError as error:
         raise WorkflowError(f"{error}")

@@ -24,7 +24,7 @@ from prunelib.cluster.progress import (
     why_missing,
 )
 from prunelib.cluster.slurm import Job, JobEnd
-from prunelib.cluster.watch import Silence
+from prunelib.cluster.watch import Idleness, Silence
 from prunelib.errors import InputError
 from prunelib.experiment.graph import Node
 from prunelib.provenance import artefact
@@ -134,6 +134,13 @@ def test_silence_is_told_after_three_minutes_and_every_quarter_of_an_hour() -> N
     assert [moment for moment, _ in said] == [780, 1680, 2580, 2700]
     assert said[0][1].startswith("squeue has not answered for 3 min: jobs run on")
     assert said[-1][1] == "squeue answers again after 35 min"
+
+
+def test_a_run_is_stuck_when_nothing_is_at_work_for_five_minutes() -> None:
+    idleness = Idleness()
+    looks = [(True, 0), (False, 60), (False, 300), (True, 330), (False, 340), (False, 600)]
+    assert not any(idleness.is_stuck(*look) for look in looks)
+    assert idleness.is_stuck(False, 640)
 
 
 def fake_queue(monkeypatch: pytest.MonkeyPatch, looks: list[list[Job]]) -> None:

@@ -1,18 +1,21 @@
-"""Tell a person that SLURM no longer answers; Snakemake's executor waits without a word."""
+"""Look after a run on SLURM: the executor waits without a word when nobody answers."""
 
 from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from prunelib.cluster.slurm import accounting_answers, jobs_of
+import psutil
+
+from prunelib.cluster.slurm import Job, accounting_answers, jobs_of
 from prunelib.errors import InputError, PrunelibError
 
 _LOOK_SECONDS = 60.0
 _PATIENCE_SECONDS = 180.0
 _REPEAT_SECONDS = 900.0
+_IDLE_SECONDS = 300.0
 
 
 def check_status_command(command: str | None) -> None:
@@ -26,17 +29,6 @@ def check_status_command(command: str | None) -> None:
             "slurm-status-command: sacct gets no answer on this cluster (no slurmdbd), so the end "
             "of a job would never be seen; set slurm-status-command: squeue in the profile"
         )
-
-
-def answers(command: str | None) -> bool:
-    """Whether the status command gets an answer now."""
-    if command == "sacct":
-        return accounting_answers()
-    try:
-        jobs_of(Path.cwd())
-    except PrunelibError:
-        return False
-    return True
 
 
 class Silence:
@@ -73,13 +65,61 @@ class Silence:
             )
 
 
-def start(command: str | None, say: Callable[[str], None]) -> None:
-    """Watch in the background until the process ends."""
-    silence = Silence(command or "squeue", say)
+class Idleness:
+    """Finds out that a run waits for jobs that are not there.
+
+    Snakemake's executor forgets all its jobs when one round of questions stays without an answer
+    (snakemake-executor-plugin-slurm 2.8.0), and then waits for ever. It asks at least every three
+    minutes, so that a run with nothing in the queue and nothing of its own at work is not idle for
+    longer than that.
+    """
+
+    def __init__(self) -> None:
+        self._since: float | None = None
+
+    def is_stuck(self, at_work: bool, now: float) -> bool:
+        """Take note of whether anything is at work at the time ``now`` (seconds)."""
+        if at_work:
+            self._since = None
+            return False
+        self._since = now if self._since is None else self._since
+        return now - self._since >= _IDLE_SECONDS
+
+
+def _at_work(jobs: Iterable[Job]) -> bool:
+    """Whether the run has jobs in the queue, or processes of its own on this machine."""
+    if any(jobs):
+        return True
+    children = psutil.Process().children()
+    return any(child.status() != psutil.STATUS_ZOMBIE for child in children)
+
+
+def start(command: str | None, say: Callable[[str], None], again: Callable[[], None]) -> None:
+    """Watch in the background until the process ends.
+
+    Args:
+        command: the executor's status command, None for its default.
+        say: told in lines.
+        again: starts the run again in this process, when it waits for nothing.
+    """
+    silence, idleness = Silence(command or "squeue", say), Idleness()
 
     def look() -> None:
         while True:
             time.sleep(_LOOK_SECONDS)
-            silence.heard(answers(command), time.monotonic())
+            try:
+                jobs = jobs_of(Path.cwd())
+                answered = command != "sacct" or accounting_answers()
+                at_work = _at_work(jobs)
+            except (PrunelibError, psutil.Error):
+                answered, at_work = False, True
+            now = time.monotonic()
+            silence.heard(answered, now)
+            if idleness.is_stuck(at_work, now):
+                say(
+                    f"nothing of this run has been queued or running for {_IDLE_SECONDS / 60:.0f} "
+                    "min, but it still waits: SLURM did not answer when a job ended; starting again"
+                )
+                again()
 
     threading.Thread(target=look, name="watch-slurm", daemon=True).start()

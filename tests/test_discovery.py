@@ -1,0 +1,289 @@
+"""Discovery against groups that are known by hand, and against what families declare."""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
+
+from prunelib.discovery import (
+    CHANNEL,
+    HEAD,
+    RESIDUAL,
+    VOCABULARY,
+    Dependencies,
+    Slice,
+    discover,
+    trace,
+)
+from prunelib.errors import InputError
+from prunelib.families import family_module, family_of
+
+WIDE: dict[str, Any] = {
+    "hidden_size": 24,
+    "intermediate_size": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 3,
+    "head_dim": 8,
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
+}
+CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", WIDE),
+    "llama with as many kv heads": ("llama", WIDE | {"num_key_value_heads": 6, "head_dim": 4}),
+    "llama with biases": ("llama", WIDE | {"attention_bias": True, "mlp_bias": True}),
+    "llama with a tied head": ("llama", WIDE | {"tie_word_embeddings": True}),
+    "mistral": ("mistral", WIDE),
+    "qwen2": ("qwen2", WIDE | {"head_dim": 4}),
+    "qwen3": ("qwen3", WIDE),
+    "opt": (
+        "opt",
+        {"hidden_size": 24, "ffn_dim": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
+        | {"vocab_size": 50, "max_position_embeddings": 32, "word_embed_proj_dim": 24},
+    ),
+    "bloom": ("bloom", {"hidden_size": 24, "n_layer": 2, "n_head": 3, "vocab_size": 50}),
+    "glm": ("glm", WIDE | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "gpt2": (
+        "gpt2",
+        {"n_embd": 24, "n_layer": 2, "n_head": 3, "vocab_size": 50, "n_positions": 32},
+    ),
+    "gpt_neox": (
+        "gpt_neox",
+        {"hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2}
+        | {"num_attention_heads": 3, "vocab_size": 50},
+    ),
+    "mixtral": ("mixtral", WIDE | {"num_local_experts": 4}),
+}
+
+
+@cache
+def make(name: str) -> PreTrainedModel:
+    kind, options = CONFIGS[name]
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, bos_token_id=1, eos_token_id=2, **options)
+    model: PreTrainedModel = AutoModelForCausalLM.from_config(config)
+    return model.eval()
+
+
+@cache
+def found_in(name: str) -> Dependencies:
+    return discover(make(name))
+
+
+def span(first: int, count: int) -> tuple[int, ...]:
+    return tuple(range(first, first + count))
+
+
+def places(found: Dependencies, parameter: str, axis: int, position: int) -> dict[str, Any]:
+    """``parameter.axis`` -> positions of the group that a trigger leads to."""
+    group = found.group(parameter, axis, position)
+    return {f"{s.parameter}.{s.axis}": s.positions for s in group.slices}
+
+
+# --------------------------------------------------------------------------- graphs by hand
+
+
+class Branches(nn.Module):
+    """Two inputs of a sum, a product, a norm, and a map that nothing joins to them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.gate = (nn.Linear(3, 4, bias=False) for _ in range(3))
+        self.norm = nn.LayerNorm(4)
+        self.c = nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        total = self.a(x) + torch.relu(self.b(x))
+        return self.c(self.norm(total * torch.sigmoid(self.gate(x))))
+
+
+def test_sums_products_norms_and_biases_join_and_linear_maps_do_not() -> None:
+    found = trace(Branches().eval(), {"x": torch.zeros(1, 2, 3)})
+    expected = {
+        "a.weight.0": (2,),
+        "b.weight.0": (2,),
+        "gate.weight.0": (2,),
+        "norm.weight.0": (2,),
+        "norm.bias.0": (2,),
+        "c.weight.1": (2,),
+    }
+    for trigger in expected:
+        parameter, axis = trigger.rsplit(".", 1)
+        assert places(found, parameter, int(axis), 2) == expected
+    # The output's rows go with their bias alone, the input's columns with each other.
+    assert places(found, "c.weight", 0, 1) == {"c.weight.0": (1,), "c.bias.0": (1,)}
+    assert found.untraced == ()
+
+
+class Shared(nn.Module):
+    """One vector for all heads, halves of a head swapped, kv heads shared by two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q = nn.Linear(5, 16, bias=False)
+        self.k, self.v = (nn.Linear(5, 8, bias=False) for _ in range(2))
+        self.scale = nn.Parameter(torch.ones(4))
+        self.o = nn.Linear(16, 5, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        q = self.q(x).view(1, -1, 4, 4).transpose(1, 2) * self.scale
+        k, v = (
+            part(x).view(1, -1, 2, 4).transpose(1, 2).repeat_interleave(2, 1)
+            for part in (self.k, self.v)
+        )
+        first, second = q.chunk(2, -1)
+        q = torch.cat((-second, first), -1)
+        weights = (q @ k.transpose(2, 3)).softmax(-1)
+        return self.o((weights @ v).transpose(1, 2).reshape(1, -1, 16))
+
+
+def test_query_heads_of_one_kv_head_go_with_it_and_a_shared_vector_stays() -> None:
+    found = trace(Shared().eval(), {"x": torch.zeros(1, 3, 5)})
+    expected = {
+        "q.weight.0": span(8, 8),
+        "k.weight.0": span(4, 4),
+        "v.weight.0": span(4, 4),
+        "o.weight.1": span(8, 8),
+    }
+    for parameter, axis, position in (
+        ("q.weight", 0, 8),
+        ("q.weight", 0, 15),
+        ("k.weight", 0, 5),
+        ("v.weight", 0, 7),
+        ("o.weight", 1, 12),
+    ):
+        assert places(found, parameter, axis, position) == expected
+    assert len(found.of(HEAD)) == 2
+    with pytest.raises(InputError, match=r"scale, axis 0, position 0 is in no group"):
+        found.group("scale", 0, 0)
+
+
+class Sorted(nn.Module):
+    """A sort cannot be followed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 6)
+        self.c, self.d = nn.Linear(6, 3), nn.Linear(3, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.d(self.c(self.b(torch.sort(self.a(x)).values)))
+
+
+def test_what_cannot_be_followed_is_named_and_left_out() -> None:
+    found = trace(Sorted().eval(), {"x": torch.zeros(1, 2, 3)})
+    assert found.untraced == ("sort in the model",)
+    with pytest.raises(InputError, match=r"a.weight, axis 0, position 1 .*not traced: sort in the"):
+        found.group("a.weight", 0, 1)
+    # Beyond it, all is known.
+    assert places(found, "c.weight", 1, 5) == {
+        "b.weight.0": (5,), "b.bias.0": (5,), "c.weight.1": (5,),
+    }  # fmt: skip
+
+
+# ---------------------------------------------------------------------------------- models
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_counts_of_groups(name: str) -> None:
+    model = make(name)
+    options, found = CONFIGS[name][1], found_in(name)
+    heads = options.get("num_key_value_heads") or options.get("num_attention_heads", 3)
+    assert len(found.of(HEAD)) == 2 * heads
+    assert len(found.of(VOCABULARY)) >= 50
+    if name == "mixtral":
+        assert any(what.startswith("topk in model.layers.0.mlp") for what in found.untraced)
+        assert not found.of(CHANNEL)
+        # The residual width runs through the experts.
+        assert not found.of(RESIDUAL)
+        return
+    assert found.untraced == ()
+    assert len(found.of(RESIDUAL)) == 24
+    assert len(found.of(CHANNEL)) == 2 * (
+        options.get("intermediate_size") or options.get("ffn_dim", 96)
+    )
+    # Every position of every axis is in one group, but for vectors that all heads share.
+    known = {(p.parameter, p.axis): 0 for group in found.groups for p in group.slices}
+    for group in found.groups:
+        for part in group.slices:
+            known[part.parameter, part.axis] += len(part.positions)
+    for parameter, tensor in model.named_parameters():
+        if "q_norm" in parameter or "k_norm" in parameter:
+            assert (parameter, 0) not in known
+        else:
+            assert [known[parameter, axis] for axis in range(tensor.ndim)] == list(tensor.shape)
+
+
+def test_heads_of_models_without_an_adapter() -> None:
+    """GPT-2 keeps its matrices as [in, out] and fuses q, k and v; GPT-NeoX fuses them per head."""
+    layer = "transformer.h.1.attn."
+    assert places(found_in("gpt2"), f"{layer}c_proj.weight", 0, 8) == {
+        f"{layer}c_attn.weight.1": (*span(8, 8), *span(32, 8), *span(56, 8)),
+        f"{layer}c_attn.bias.0": (*span(8, 8), *span(32, 8), *span(56, 8)),
+        f"{layer}c_proj.weight.0": span(8, 8),
+    }
+    layer = "gpt_neox.layers.1.attention."
+    assert places(found_in("gpt_neox"), f"{layer}dense.weight", 1, 8) == {
+        f"{layer}query_key_value.weight.0": span(24, 24),
+        f"{layer}query_key_value.bias.0": span(24, 24),
+        f"{layer}dense.weight.1": span(8, 8),
+    }
+
+
+def test_a_residual_channel_runs_through_the_whole_model() -> None:
+    found = places(found_in("llama with a tied head"), "model.norm.weight", 0, 7)
+    layers = {
+        "input_layernorm.weight.0", "post_attention_layernorm.weight.0",
+        "self_attn.q_proj.weight.1", "self_attn.k_proj.weight.1", "self_attn.v_proj.weight.1",
+        "self_attn.o_proj.weight.0", "mlp.gate_proj.weight.1", "mlp.up_proj.weight.1",
+        "mlp.down_proj.weight.0",
+    }  # fmt: skip
+    assert found == dict.fromkeys(
+        {f"model.layers.{i}.{part}" for i in range(2) for part in layers}
+        | {"model.embed_tokens.weight.1", "model.norm.weight.0"},
+        (7,),
+    )
+
+
+def test_a_model_that_cannot_be_exported_is_refused_in_one_line() -> None:
+    class Branching(nn.Module):
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return x + 1 if x.sum() > 0 else x
+
+    with pytest.raises(InputError, match=r"^Branching cannot be traced by .*") as found:
+        trace(Branching(), {"x": torch.zeros(2)})
+    assert "\n" not in str(found.value)
+
+
+def has_family(name: str) -> bool:
+    try:
+        return bool(family_module(CONFIGS[name][0]))
+    except InputError:
+        return False
+
+
+@pytest.mark.parametrize("name", filter(has_family, CONFIGS))
+def test_families_declare_what_discovery_finds(name: str) -> None:
+    model = make(name)
+    config = model.config.to_dict()
+    family = family_of(config)
+    found = found_in(name)
+    for kind, expected in (("kv_group", HEAD), ("mlp_channel", CHANNEL)):
+        declared = family.kind(config, kind)
+        for layer in range(config["num_hidden_layers"]):
+            for unit in range(declared.count):
+                slices = sorted(
+                    (f"{family.layer_prefix}.{layer}.{part.parameter}", part.axis, tuple(
+                        int(position) for position in (part.owner == unit).nonzero()[0]
+                    ))
+                    for part in declared.slices
+                )  # fmt: skip
+                parameter, axis, positions = slices[0]
+                group = found.group(parameter, axis, positions[0])
+                assert group.kind == expected
+                assert [Slice(*part) for part in slices] == list(group.slices)
