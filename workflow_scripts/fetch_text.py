@@ -1,21 +1,29 @@
-"""Fetch a text, strip its markup and split its articles into disjoint parts.
+"""Fetch a text, strip its markup and split it into disjoint parts: articles, or instructions.
 
 Parameters: a text's catalogue entry with its ``name``.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prunelib.data.instructions import (
+    Instruction,
+    parse_records,
+    read_records,
+    split_records,
+    write_records,
+)
 from prunelib.data.parameters import required
-from prunelib.data.sources import fetch, parse_source, require_pinned
+from prunelib.data.sources import Source, fetch, parse_source, require_pinned
 from prunelib.data.text import (
     FORMATS,
     Article,
     assign_splits,
     check_fractions,
     collect,
+    load_rows,
     read_dataset,
     read_jsonl,
     read_plain,
@@ -26,49 +34,79 @@ from prunelib.errors import InputError
 from prunelib.provenance.step import StepRequest, run_step
 
 
-def read_source(params: dict[str, Any], step: str) -> Iterator[Article]:
-    """Fetch the source and return the reader of its format."""
+def _source(params: dict[str, Any], step: str, hub_format: str) -> tuple[Source, Path | None]:
+    """Return the source, and the local path of one that is not on the hub."""
     source = parse_source(required(params, "source", str, step))
     form = required(params, "format", str, step)
     if form not in FORMATS:
         raise InputError(f"{step}: format {form!r} is unknown; allowed: {', '.join(FORMATS)}")
-    field = params.get("text_field", "text")
     if source.kind == "hf":
-        if form != "dataset":
-            raise InputError(f"{source}: a hub text has the format 'dataset', not {form!r}")
+        if form != hub_format:
+            raise InputError(f"{source}: a hub text has the format {hub_format!r}, not {form!r}")
         require_pinned(source)
-        name, revision = source.name, source.revision
-    else:
-        path = fetch(source, params.get("sha256"))
-        if not path.exists():
-            raise InputError(f"text source {path} does not exist")
+        return source, None
+    path = fetch(source, params.get("sha256"))
+    if not path.exists():
+        raise InputError(f"text source {path} does not exist")
+    return source, path
+
+
+def read_source(params: dict[str, Any], step: str) -> Iterator[Article]:
+    """Fetch the source and return the reader of its format."""
+    source, path = _source(params, step, "dataset")
+    form, field = params["format"], params.get("text_field", "text")
+    if path is not None:
         if form == "wikipedia":
             return read_wikipedia(path)
         if form == "jsonl":
             return read_jsonl(path, field)
         if form == "plain":
             return read_plain(path)
-        name, revision = str(path), None
     return read_dataset(
-        name,
-        revision=revision,
+        source.name if path is None else str(path),
+        revision=source.revision if path is None else None,
         config=params.get("config"),
         split=params.get("subset", "train"),
         text_field=field,
     )
 
 
+def read_instructions(params: dict[str, Any], step: str) -> Iterable[Instruction]:
+    """Fetch the source and return its records: of a JSONL file, or of a hub dataset."""
+    source, path = _source(params, step, "alpaca")
+    field = params.get("output_field", "output")
+    if path is not None:
+        return read_records(path, field)
+    rows = load_rows(
+        source.name,
+        revision=source.revision,
+        config=params.get("config"),
+        split=params.get("subset", "train"),
+    )
+    return parse_records(rows, str(source), field)
+
+
 def main(request: StepRequest, out: Path) -> None:
-    """Read, clean, split; write ``articles.jsonl`` and ``meta.json``."""
+    """Read, clean, split; write ``articles.jsonl`` or ``instructions.jsonl``, and ``meta.json``."""
     params = request.params
     name = required(params, "name", str, request.step)
-    fractions = required(params, "split", dict, request.step)
     seed = required(params, "seed", int, request.step)
-    check_fractions(fractions, f"text {name}: split")
-    articles = collect(
-        read_source(params, request.step), int(params.get("min_characters", 0)), name
-    )
-    counts = write_articles(out, assign_splits(articles, fractions, seed, f"text {name}: split"))
+    counts: dict[str, Any]
+    if params.get("format") == "alpaca":
+        where = f"text {name}: validation"
+        validation = params.get("validation")
+        if isinstance(validation, bool) or not isinstance(validation, int | float):
+            raise InputError(f"{where} is {validation!r}; allowed: a number of records, or a share")
+        records = read_instructions(params, request.step)
+        counts = write_records(out, split_records(records, validation, seed, where))
+    else:
+        fractions = required(params, "split", dict, request.step)
+        check_fractions(fractions, f"text {name}: split")
+        articles = collect(
+            read_source(params, request.step), int(params.get("min_characters", 0)), name
+        )
+        pairs = assign_splits(articles, fractions, seed, f"text {name}: split")
+        counts = write_articles(out, pairs)
     meta = {
         "name": name,
         "source": params["source"],

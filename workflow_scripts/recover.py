@@ -1,4 +1,4 @@
-"""Recover a pruned checkpoint by LoRA on the recovery articles of a text.
+"""Recover a pruned checkpoint by LoRA on the recovery part of a text: articles or instructions.
 
 Parameters: ``recipe``, ``seed``, ``device``, ``dtype``, ``threads``. Inputs: ``checkpoint`` and
 ``text``. The output is an adapter; a killed run is continued from ``<output>.state``.
@@ -8,9 +8,7 @@ import logging
 import os
 from pathlib import Path
 
-from prunelib.data.calibration import packed_windows, tokenise
 from prunelib.data.parameters import required
-from prunelib.data.text import read_articles
 from prunelib.provenance.step import StepRequest, run_step, state_directory
 from prunelib.recovery.lora import parse_recipe, recover
 
@@ -23,17 +21,22 @@ def main(request: StepRequest, out: Path) -> None:
 
     from prunelib.checkpoint import load_model
     from prunelib.data.tokenizer import load_tokenizer
+    from prunelib.recovery.data import load_data
 
     params, checkpoint = request.params, request.inputs["checkpoint"]
     recipe = parse_recipe(required(params, "recipe", dict, request.step))
     device, dtype = (required(params, key, str, request.step) for key in ("device", "dtype"))
     # The number of threads decides the order of sums, and with it the last bits of the result.
     torch.set_num_threads(required(params, "threads", int, request.step))
-    articles = read_articles(request.inputs["text"], "recovery")
-    tokens = tokenise(articles, load_tokenizer(checkpoint))
+    data, validation = load_data(
+        request.inputs["text"],
+        load_tokenizer(checkpoint),
+        recipe.length,
+        validate=recipe.eval_every is not None,
+    )
     result = recover(
         load_model(checkpoint, device=device, dtype=dtype),
-        torch.from_numpy(packed_windows(tokens, recipe.length)),
+        data,
         recipe,
         seed=required(params, "seed", int, request.step),
         state=state_directory(request),
@@ -41,6 +44,7 @@ def main(request: StepRequest, out: Path) -> None:
         device=device,
         dtype=dtype,
         base=os.path.relpath(checkpoint, request.out),
+        validation=validation,
     )
     logger.info(
         "recovery: %d steps, loss %.4f to %.4f", result.steps, result.first_loss, result.last_loss

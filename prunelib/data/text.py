@@ -23,7 +23,7 @@ from prunelib.errors import InputError, IntegrityError
 LOG = logging.getLogger(__name__)
 
 SPLITS = ("calibration", "recovery", "evaluation")
-FORMATS = ("wikipedia", "jsonl", "plain", "dataset")
+FORMATS = ("wikipedia", "jsonl", "plain", "dataset", "alpaca")
 
 # Elements whose content is apparatus, code or formulae, not prose.
 _DROPPED_TAGS = frozenset(
@@ -259,6 +259,25 @@ def read_plain(path: Path) -> Iterator[Article]:
         yield Article(number, file.stem, file.read_text(encoding="utf-8").strip())
 
 
+def load_rows(
+    name: str, *, revision: str | None = None, config: str | None = None, split: str = "train"
+) -> Any:
+    """Return a dataset's rows, of the Hugging Face hub or of a local directory in its layout.
+
+    Raises:
+        InputError: the dataset, its config or split is not there.
+    """
+    import datasets
+
+    try:
+        return datasets.load_dataset(name, config, split=split, revision=revision)
+    except Exception as error:  # the library raises a dozen kinds, from five packages
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise InputError(
+            f"dataset {name} (config {config}, split {split}) cannot be loaded: {reason}"
+        ) from error
+
+
 def read_dataset(
     name: str,
     *,
@@ -274,15 +293,7 @@ def read_dataset(
     Raises:
         InputError: the dataset, its config, split or text field is not there.
     """
-    import datasets
-
-    try:
-        rows = datasets.load_dataset(name, config, split=split, revision=revision)
-    except Exception as error:  # the library raises a dozen kinds, from five packages
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        raise InputError(
-            f"dataset {name} (config {config}, split {split}) cannot be loaded: {reason}"
-        ) from error
+    rows = load_rows(name, revision=revision, config=config, split=split)
     if text_field not in rows.column_names:
         raise InputError(
             f"dataset {name} has no text field {text_field!r}; it has {rows.column_names}"

@@ -131,6 +131,22 @@ class Family(ABC):
         """Return the number of parameters of one unpruned layer."""
         return sum(math.prod(shape) for shape in self.layer_shapes(config).values())
 
+    def linears(self, config: Config, role: str) -> tuple[str, ...]:
+        """Return the last parts of the names of a layer's linear maps: recovery's targets.
+
+        Args:
+            config: config.json of the unpruned model.
+            role: ``mlp`` for those that own a piece of every MLP channel, ``attention`` for the
+                others.
+        """
+        mlp = {part.parameter for part in self.kind(config, "mlp_channel").slices}
+        names = (
+            name
+            for name, shape in self.layer_shapes(config).items()
+            if len(shape) == 2 and (name in mlp) == (role == "mlp")
+        )
+        return tuple(name.removesuffix(".weight").rpartition(".")[2] for name in names)
+
     def kind(self, config: Config, name: str) -> UnitKind:
         """Return the unit kind ``name``.
 

@@ -1,11 +1,12 @@
-"""LoRA recovery: low-rank adapters trained on text, with a resumable loop.
+"""LoRA recovery: low-rank adapters trained on text or instructions, with a resumable loop.
 
 The default values are LLM-Pruner's (Ma et al. 2023, appendix B and its public training script),
 which ran on the Trainer of transformers; what that left unsaid are the Trainer's defaults: AdamW
 with betas (0.9, 0.999), eps 1e-8 and weight decay 0, linear decay to 0 after a linear warm-up,
-gradients clipped to norm 1. Three things differ from LLM-Pruner's own run: the data are packed
-windows of plain text and not padded instruction pairs with the prompt masked, the precision is
-bf16 or fp32 and not fp16, and the last adapter is kept, not the best by validation loss.
+gradients clipped to norm 1. With instructions and ``eval_every`` (`prunelib.recovery.data`) the run
+is LLM-Pruner's, with four differences: the precision is bf16 or fp32 and not fp16; a step's loss is
+the mean over its targets, not the mean of its micro-batches' means; padding stands on the right,
+which changes no target's context; and the last step is validated, too.
 
 On a CPU a run that was killed and resumed ends with the same bytes as an unbroken one: everything
 that it depends on is either in the saved state (`prunelib.recovery.state`) or a function of the
@@ -35,9 +36,14 @@ if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
+    from prunelib.families.base import Config
+    from prunelib.recovery.data import Batch, TrainingData
+
 logger = logging.getLogger(__name__)
 
 LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
+# What a recipe may name instead of a model family's own modules.
+ROLES = ("attention", "mlp")
 _LOG_SECONDS = 10.0
 
 
@@ -51,9 +57,9 @@ class LoraRecipe:
         r: rank of the adapters.
         alpha: the adapters' output is scaled by ``alpha / r``.
         dropout: probability of dropping an input of an adapter.
-        targets: names of the linear layers that get an adapter.
+        targets: names of the linear layers that get an adapter, or their roles (``ROLES``).
         lr: peak learning rate.
-        batch: windows per optimiser step.
+        batch: windows (or examples) per optimiser step.
         micro_batch: windows per forward and backward pass; divides ``batch``.
         epochs: passes over the windows, where ``max_steps`` is None.
         max_steps: optimiser steps; None means ``epochs`` passes.
@@ -62,8 +68,10 @@ class LoraRecipe:
         eps: AdamW's denominator term.
         weight_decay: AdamW's decoupled weight decay.
         clip_norm: the gradients' global L2 norm is clipped to it.
-        length: tokens per window (LLM-Pruner's cutoff length).
+        length: tokens per window; longer examples are cut off (LLM-Pruner's cutoff length).
         save_every: optimiser steps between two saved states.
+        eval_every: optimiser steps between two looks at the validation part; the best adapter by
+            its loss is kept. None keeps the last adapter.
 
     Raises:
         InputError: a value is out of its range.
@@ -85,20 +93,16 @@ class LoraRecipe:
     clip_norm: float = 1.0
     length: int = 256
     save_every: int = 50
+    eval_every: int | None = None
 
     def __post_init__(self) -> None:
         for name in ("r", "alpha", "batch", "micro_batch", "epochs", "save_every"):
             _check(name, getattr(self, name), int, lambda value: value >= 1, "an integer >= 1")
         _check("length", self.length, int, lambda value: value >= 2, "an integer >= 2")
         _check("warmup_steps", self.warmup_steps, int, lambda value: value >= 0, "an integer >= 0")
-        if self.max_steps is not None:
-            _check(
-                "max_steps",
-                self.max_steps,
-                int,
-                lambda value: value >= 1,
-                "an integer >= 1 or null",
-            )
+        for name in ("max_steps", "eval_every"):
+            if (steps := getattr(self, name)) is not None:
+                _check(name, steps, int, lambda value: value >= 1, "an integer >= 1 or null")
         for name in ("lr", "eps", "clip_norm"):
             _check(name, getattr(self, name), float, lambda value: value > 0, "a number > 0")
         decay = self.weight_decay
@@ -116,7 +120,7 @@ class LoraRecipe:
         ):
             raise InputError(
                 f"recovery recipe: targets is {self.targets!r}; "
-                "allowed: different names of linear layers, at least one"
+                f"allowed: different roles ({', '.join(ROLES)}) or names of linear layers"
             )
         if self.batch % self.micro_batch:
             raise InputError(
@@ -150,19 +154,43 @@ def parse_recipe(values: Mapping[str, Any]) -> LoraRecipe:
     return LoraRecipe(**given)
 
 
+def linear_targets(recipe: LoraRecipe, config: Config) -> tuple[str, ...]:
+    """Return the names of the linear layers that get an adapter, roles resolved.
+
+    Args:
+        recipe: the recipe.
+        config: config.json of the model, pruned or not.
+    """
+    if not set(ROLES) & set(recipe.targets):
+        return recipe.targets
+    from prunelib.checkpoint import unpruned_config
+    from prunelib.families import family_of
+
+    # Every layer has the same modules, whatever their widths.
+    plain = unpruned_config(dict(config)) | {"per_layer_config": None}
+    family = family_of(plain)
+    names: list[str] = []
+    for target in recipe.targets:
+        names += family.linears(plain, target) if target in ROLES else (target,)
+    return tuple(dict.fromkeys(names))
+
+
 @dataclass(frozen=True)
 class RecoveryResult:
     """What a recovery run did.
 
     Attributes:
         steps: optimiser steps of the whole run.
-        tokens: tokens read in the whole run (positions of all windows of all steps).
+        tokens: tokens read in the whole run, without padding.
         trainable_parameters: parameters of the adapters.
         first_loss: mean negative log-likelihood of the first step, in nats per token.
         last_loss: the same of the last step.
         resumed_from: steps that were taken over from a saved state (0: none).
         seconds: wall-clock time of the steps that this call ran.
         tokens_per_second: training throughput of this call (0 where it ran no step).
+        best_step: the step whose adapter was written; None without validation.
+        best_validation_loss: its mean negative log-likelihood on the validation part, in nats per
+            target; None without validation.
     """
 
     steps: int
@@ -173,15 +201,17 @@ class RecoveryResult:
     resumed_from: int
     seconds: float
     tokens_per_second: float
+    best_step: int | None = None
+    best_validation_loss: float | None = None
 
 
 def steps_per_epoch(count: int, recipe: LoraRecipe) -> int:
-    """Return the optimiser steps that read ``count`` windows once; the last may be smaller."""
+    """Return the optimiser steps that read ``count`` items once; the last may be smaller."""
     return math.ceil(count / recipe.batch)
 
 
 def total_steps(count: int, recipe: LoraRecipe) -> int:
-    """Return the optimiser steps of a run over ``count`` windows."""
+    """Return the optimiser steps of a run over ``count`` items."""
     return recipe.max_steps or recipe.epochs * steps_per_epoch(count, recipe)
 
 
@@ -193,9 +223,9 @@ def learning_rate(step: int, steps: int, recipe: LoraRecipe) -> float:
 
 
 def batch_indices(step: int, count: int, recipe: LoraRecipe, seed: int) -> torch.Tensor:
-    """Return the windows of 0-based ``step``: int64 ``[at most batch]``.
+    """Return the items of 0-based ``step``: int64 ``[at most batch]``.
 
-    Every epoch is a permutation of all windows drawn from (seed, epoch), so that the position in
+    Every epoch is a permutation of all items drawn from (seed, epoch), so that the position in
     the data is a function of the step alone.
     """
     import torch
@@ -209,7 +239,7 @@ def batch_indices(step: int, count: int, recipe: LoraRecipe, seed: int) -> torch
 
 def recover(
     model: PreTrainedModel,
-    windows: torch.Tensor,
+    data: TrainingData | torch.Tensor,
     recipe: LoraRecipe,
     *,
     seed: int,
@@ -218,17 +248,19 @@ def recover(
     device: str,
     dtype: str,
     base: str,
+    validation: TrainingData | None = None,
 ) -> RecoveryResult:
-    """Train LoRA adapters of ``model`` on ``windows`` and write them to ``out`` (Hu et al. 2021).
+    """Train LoRA adapters of ``model`` on ``data`` and write them to ``out`` (Hu et al. 2021).
 
     Written: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft's format),
-    ``loss.jsonl`` (per optimiser step: step from 1, mean loss in nats per token, learning rate,
-    tokens read so far) and ``meta.json``. The same inputs give the same bytes on a CPU, whether or
-    not the run was interrupted.
+    ``loss.jsonl`` (per optimiser step: step from 1, mean loss in nats per target, learning rate,
+    tokens read so far, and the validation loss where it was taken) and ``meta.json``. With
+    validation the adapter is the best one, the earliest of equals. The same inputs give the same
+    bytes on a CPU, whether or not the run was interrupted.
 
     Args:
         model: the causal language model; it is changed in place (frozen, with adapters).
-        windows: packed token windows, int64 ``[n, recipe.length]``.
+        data: what to train on; a tensor is packed windows, int64 ``[n, recipe.length]``.
         recipe: hyper-parameters.
         seed: seeds the adapters' initial values, dropout and the order of the data.
         state: directory of the resumable state; a fitting state found there is continued.
@@ -238,20 +270,32 @@ def recover(
             products; adapters, moments and loss are always fp32. On a CPU bf16 weights are widened
             and everything is computed in fp32.
         base: the base checkpoint's path relative to the adapter's final directory.
+        validation: what ``recipe.eval_every`` looks at.
 
     Raises:
-        InputError: windows, targets, device, dtype or ``base`` do not fit.
+        InputError: data, targets, device, dtype or ``base`` do not fit.
         NonFiniteError: a loss or a gradient is NaN or infinite; the last state is kept.
     """
     import torch
 
     from prunelib.device import resolve_device, resolve_dtype
+    from prunelib.recovery.data import PackedWindows
 
+    if isinstance(data, torch.Tensor):
+        data = PackedWindows(data)
+    if (validation is None) != (recipe.eval_every is None):
+        given = "no validation part" if validation is None else "a validation part"
+        raise InputError(
+            f"recovery recipe: eval_every is {recipe.eval_every!r} with {given}; "
+            "allowed: both or neither"
+        )
     if Path(base).is_absolute():
         raise InputError(f"recovery: base {base!r} is absolute; allowed: a relative path")
     place, weights_dtype = resolve_device(device), resolve_dtype(dtype)
-    _check_windows(windows, recipe, model.config.get_text_config().vocab_size)
-    steps = total_steps(len(windows), recipe)
+    parts = [data, *([validation] if validation is not None else [])]
+    for part in parts:
+        part.check(recipe.length, model.config.get_text_config().vocab_size)
+    steps = total_steps(len(data), recipe)
     if recipe.warmup_steps >= steps:
         logger.warning(
             "warm-up of %d steps in a run of %d: the rate never reaches its peak",
@@ -262,10 +306,10 @@ def recover(
     with torch.random.fork_rng(devices=gpus), _termination() as terminated:
         torch.manual_seed(seed)
         _place(model, place, weights_dtype)
-        identity = _identity(model, windows, recipe, seed, place, dtype)
+        identity = _identity(model, parts, recipe, seed, place, dtype)
         adapted = _with_adapters(model, recipe)
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        _check_head(model, windows)
+        _check_head(model, next(data.batches(torch.zeros(1, dtype=torch.int64), 1)))
         optimiser = torch.optim.AdamW(
             trainable.values(),
             lr=recipe.lr,
@@ -274,9 +318,10 @@ def recover(
             weight_decay=recipe.weight_decay,
         )
         losses: list[Mapping[str, Any]] = []
+        best: dict[str, torch.Tensor] = {}
         resumed = load_state(state, identity)
         if resumed is not None:
-            _restore(resumed, trainable, optimiser)
+            best = _restore(resumed, trainable, optimiser)
             losses = list(resumed.losses)
             logger.info("resumed after step %d of %d from %s", resumed.step, steps, state)
         start, begun = len(losses), time.monotonic()
@@ -285,14 +330,27 @@ def recover(
         for step in range(start, steps):
             kept = f"state of step {saved} kept in {state}" if saved else "no state was saved yet"
             rate = learning_rate(step, steps, recipe)
-            picked = windows[batch_indices(step, len(windows), recipe, seed)]
+            picked = batch_indices(step, len(data), recipe, seed)
+            batches = list(data.batches(picked, recipe.micro_batch))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = _step(model, trainable, optimiser, picked, recipe, place, step + 1, kept)
-            tokens = picked.numel() + (losses[-1]["tokens"] if losses else 0)
-            losses.append({"step": step + 1, "loss": loss, "lr": rate, "tokens": tokens})
+            loss = _step(model, trainable, optimiser, batches, recipe, place, step + 1, kept)
+            tokens = sum(b.tokens for b in batches) + (losses[-1]["tokens"] if losses else 0)
+            row = {"step": step + 1, "loss": loss, "lr": rate, "tokens": tokens}
+            if validation is not None and _validates(step + 1, steps, recipe):
+                value = _validation_loss(model, validation, recipe, place)
+                if not math.isfinite(value):
+                    raise NonFiniteError(
+                        f"recovery: the validation loss is {value} at step {step + 1}; {kept}"
+                    )
+                logger.info("step %d of %d, validation loss %.4f", step + 1, steps, value)
+                so_far = _best(losses)
+                if so_far is None or value < so_far["validation_loss"]:
+                    best = {name: p.detach().clone() for name, p in trainable.items()}
+                row["validation_loss"] = value
+            losses.append(row)
             if (step + 1) % recipe.save_every == 0 or step + 1 == steps or terminated:
-                _save(state, step + 1, trainable, optimiser, losses, identity, gpus)
+                _save(state, step + 1, trainable, optimiser, losses, identity, gpus, best)
                 saved = step + 1
             if terminated and step + 1 < steps:
                 logger.warning("terminated; state of step %d of %d is saved", saved, steps)
@@ -302,8 +360,22 @@ def recover(
                 _report(losses, start, steps, last_log - begun)
         seconds = time.monotonic() - begun
         result = _result(losses, start, seconds, sum(p.numel() for p in trainable.values()))
-        _write(out, adapted, recipe, seed, losses, result, identity, base)
+        with torch.no_grad():
+            for name, parameter in best.items():
+                trainable[name].copy_(parameter)
+        _write(out, adapted, recipe, seed, losses, result, identity, base, data)
     return result
+
+
+def _validates(step: int, steps: int, recipe: LoraRecipe) -> bool:
+    """Whether the adapter after ``step`` (from 1) of ``steps`` is validated."""
+    return recipe.eval_every is not None and (step % recipe.eval_every == 0 or step == steps)
+
+
+def _best(losses: Sequence[Mapping[str, Any]]) -> Mapping[str, Any] | None:
+    """Return the line of the lowest validation loss, the earliest of equals."""
+    rows = [row for row in losses if "validation_loss" in row]
+    return min(rows, key=lambda row: row["validation_loss"], default=None)
 
 
 class _Terminated(BaseException):
@@ -335,22 +407,6 @@ def _termination() -> Iterator[list[int]]:
         raise SystemExit(128 + signal.SIGTERM)
 
 
-def _check_windows(windows: torch.Tensor, recipe: LoraRecipe, vocabulary: int) -> None:
-    import torch
-
-    shape = tuple(windows.shape)
-    if windows.dtype != torch.int64 or len(shape) != 2 or shape[1] != recipe.length or not shape[0]:
-        raise InputError(
-            f"recovery: windows are {windows.dtype} {list(shape)}; "
-            f"allowed: int64 [n >= 1, {recipe.length}]"
-        )
-    low, high = int(windows.min()), int(windows.max())
-    if low < 0 or high >= vocabulary:
-        raise InputError(
-            f"recovery: windows hold token ids {low}..{high}; allowed: 0..{vocabulary - 1}"
-        )
-
-
 def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
     """Move the model and set its weights' dtype; buffers (rotary tables) keep their own."""
     import torch
@@ -366,7 +422,7 @@ def _place(model: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> 
 
 def _identity(
     model: PreTrainedModel,
-    windows: torch.Tensor,
+    parts: Sequence[TrainingData],
     recipe: LoraRecipe,
     seed: int,
     device: torch.device,
@@ -387,7 +443,7 @@ def _identity(
     return {
         "recipe": asdict(recipe),
         "seed": seed,
-        "windows": hashlib.sha256(windows.contiguous().numpy().tobytes()).hexdigest(),
+        **dict(zip((parts[0].kind, "validation"), (part.sha256 for part in parts), strict=False)),
         "base": digest.hexdigest(),
         "device": device.type,
         "dtype": dtype,
@@ -408,7 +464,8 @@ def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
         for name, module in model.named_modules()
         if isinstance(module, torch.nn.Linear) and module is not head
     }
-    missing = [target for target in recipe.targets if target not in linears]
+    targets = linear_targets(recipe, model.config.to_dict())
+    missing = [target for target in targets if target not in linears]
     if missing:
         raise InputError(
             f"recovery recipe: target {missing[0]!r} matches no linear layer of this "
@@ -418,25 +475,39 @@ def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
         r=recipe.r,
         lora_alpha=recipe.alpha,
         lora_dropout=recipe.dropout,
-        target_modules=list(recipe.targets),
+        target_modules=list(targets),
         bias="none",
         task_type="CAUSAL_LM",
     )
     return get_peft_model(model, config)
 
 
-def _hidden_states(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+def _hidden_states(
+    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None
+) -> torch.Tensor:
     """Return the decoder's last hidden states, ``[batch, length, hidden_size]``."""
-    hidden: torch.Tensor = model.base_model(input_ids=ids, use_cache=False)[0]
+    place = cast("torch.Tensor", model.get_input_embeddings().weight).device
+    given = {} if mask is None else {"attention_mask": mask.to(place)}
+    hidden: torch.Tensor = model.base_model(input_ids=ids.to(place), use_cache=False, **given)[0]
     return hidden
 
 
-def _check_head(model: PreTrainedModel, windows: torch.Tensor) -> None:
+def _autocast(model: PreTrainedModel, device: torch.device) -> Any:
+    """Keep fp32 adapters and bf16 base weights in one precision on a GPU."""
+    import torch
+
+    weights = cast("torch.Tensor", model.get_input_embeddings().weight)
+    if device.type != "cuda":
+        return contextlib.nullcontext()
+    return torch.autocast("cuda", torch.bfloat16, enabled=weights.dtype == torch.bfloat16)
+
+
+def _check_head(model: PreTrainedModel, batch: Batch) -> None:
     """Refuse a model whose logits are more than its output layer (soft caps, scales)."""
     import torch
 
     inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
-    ids = windows[:1, :8].to(inputs.device)
+    ids = batch.ids[:1, :8].to(inputs.device)
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
@@ -454,29 +525,25 @@ def _step(
     model: PreTrainedModel,
     trainable: Mapping[str, torch.nn.Parameter],
     optimiser: torch.optim.Optimizer,
-    windows: torch.Tensor,
+    batches: Sequence[Batch],
     recipe: LoraRecipe,
     device: torch.device,
     number: int,
     kept: str,
 ) -> float:
-    """Do one optimiser step over ``windows`` ``[batch, length]``; return its mean loss in nats."""
+    """Do one optimiser step over ``batches``; return its mean loss in nats per target."""
     import torch
 
     from prunelib.recovery.loss import frozen_head_loss
 
     head = model.get_output_embeddings()
-    inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
-    targets = windows.shape[0] * (windows.shape[1] - 1)
+    targets = sum(batch.targets for batch in batches)
     total = 0.0
     optimiser.zero_grad(set_to_none=True)
-    # Autocast keeps fp32 adapters and bf16 base weights in one precision on a GPU.
-    mixed = torch.autocast("cuda", torch.bfloat16, enabled=inputs.dtype == torch.bfloat16)
-    for part in windows.split(recipe.micro_batch):
-        ids = part.to(inputs.device)
-        with mixed if device.type == "cuda" else contextlib.nullcontext():
-            hidden = _hidden_states(model, ids)[:, :-1].flatten(0, 1)
-            loss = frozen_head_loss(hidden, head, ids[:, 1:].flatten()) / targets
+    for batch in batches:
+        with _autocast(model, device):
+            hidden, wanted = batch.predictions(_hidden_states(model, batch.ids, batch.mask))
+            loss = frozen_head_loss(hidden, head, wanted) / targets
         value = float(loss.detach())
         if not math.isfinite(value):
             raise NonFiniteError(f"recovery: the loss is {value} at step {number}; {kept}")
@@ -495,6 +562,26 @@ def _step(
     return total
 
 
+def _validation_loss(
+    model: PreTrainedModel, data: TrainingData, recipe: LoraRecipe, device: torch.device
+) -> float:
+    """Return the mean negative log-likelihood of the validation part, in nats per target."""
+    import torch
+
+    from prunelib.recovery.loss import head_loss
+
+    head = model.get_output_embeddings()
+    total, targets = 0.0, 0
+    model.eval()
+    with torch.no_grad(), _autocast(model, device):
+        for batch in data.batches(torch.arange(len(data)), recipe.micro_batch):
+            hidden, wanted = batch.predictions(_hidden_states(model, batch.ids, batch.mask))
+            total += head_loss(hidden, head, wanted)
+            targets += batch.targets
+    model.train()
+    return total / targets
+
+
 def _save(
     directory: Path,
     step: int,
@@ -503,6 +590,7 @@ def _save(
     losses: Sequence[Mapping[str, Any]],
     identity: Mapping[str, Any],
     gpus: Sequence[int],
+    best: Mapping[str, torch.Tensor],
 ) -> None:
     import torch
 
@@ -513,6 +601,7 @@ def _save(
         tensors[f"parameter.{name}"] = parameter.detach().cpu()
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{name}"] = optimiser.state[parameter][key].detach().cpu()
+    tensors |= {f"best.{name}": parameter.cpu() for name, parameter in best.items()}
     save_state(directory, TrainingState(step, tensors, losses), identity)
 
 
@@ -520,7 +609,8 @@ def _restore(
     state: TrainingState,
     trainable: Mapping[str, torch.nn.Parameter],
     optimiser: torch.optim.Optimizer,
-) -> None:
+) -> dict[str, torch.Tensor]:
+    """Set parameters, moments and generators; return the best parameters so far, if any."""
     import torch
 
     tensors = state.tensors
@@ -539,6 +629,8 @@ def _restore(
     for name, tensor in tensors.items():
         if name.startswith("rng.cuda."):
             torch.cuda.set_rng_state(tensor, int(name.rpartition(".")[2]))
+    best = {name: f"best.{name}" for name in trainable}
+    return {name: tensors[key] for name, key in best.items() if key in tensors}
 
 
 def _report(losses: Sequence[Mapping[str, Any]], start: int, steps: int, seconds: float) -> None:
@@ -559,6 +651,7 @@ def _result(
 ) -> RecoveryResult:
     tokens = losses[-1]["tokens"]
     ours = tokens - (losses[start - 1]["tokens"] if start else 0)
+    best = _best(losses)
     return RecoveryResult(
         steps=len(losses),
         tokens=tokens,
@@ -568,6 +661,8 @@ def _result(
         resumed_from=start,
         seconds=seconds,
         tokens_per_second=ours / max(seconds, 1e-9),
+        best_step=best["step"] if best else None,
+        best_validation_loss=best["validation_loss"] if best else None,
     )
 
 
@@ -580,6 +675,7 @@ def _write(
     result: RecoveryResult,
     identity: Mapping[str, Any],
     base: str,
+    data: TrainingData,
 ) -> None:
     from peft import get_peft_model_state_dict
     from safetensors.torch import save_file
@@ -594,6 +690,18 @@ def _write(
     )
     config = adapted.peft_config["default"].to_dict()
     config |= {"base_model_name_or_path": base, "inference_mode": True}
+    validated = {}
+    if result.best_step is not None:
+        validated = {
+            "best_step": result.best_step,
+            "best_validation_loss": result.best_validation_loss,
+            "validation_losses": [
+                {"step": row["step"], "loss": row["validation_loss"]}
+                for row in losses
+                if "validation_loss" in row
+            ],
+            "validation_sha256": identity["validation"],
+        }
     (out / "loss.jsonl").write_text(jsonl(losses), encoding="utf-8")
     _write_json(out / "adapter_config.json", config)
     _write_json(
@@ -608,7 +716,8 @@ def _write(
             "trainable_parameters": result.trainable_parameters,
             "first_loss": result.first_loss,
             "last_loss": result.last_loss,
-            "windows_sha256": identity["windows"],
+            **data.record(),
+            **validated,
             "base": Path(base).name,
         },
     )

@@ -11,6 +11,18 @@ from torch.nn import functional as F
 CHUNK = 256
 
 
+@torch.no_grad()
+def head_loss(
+    hidden: torch.Tensor, head: torch.nn.Linear, targets: torch.Tensor, chunk: int = CHUNK
+) -> float:
+    """Return the sum of ``-log p(target)`` in nats; arguments as in `frozen_head_loss`."""
+    total = 0.0
+    for rows, index in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+        logits = head(rows.to(head.weight.device)).float()
+        total += float(F.cross_entropy(logits, index.to(logits.device), reduction="sum"))
+    return total
+
+
 class _FrozenHeadLoss(torch.autograd.Function):
     """Sum of negative log-likelihoods, with its input gradient computed in the forward pass.
 
