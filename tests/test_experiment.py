@@ -127,6 +127,58 @@ def test_the_catalogue_of_the_project_is_valid() -> None:
         assert len({cell.id for cell in experiment.cells}) == len(experiment.cells)
 
 
+INSTRUCTIONS = {
+    "source": "dir:text/records.jsonl",
+    "format": "alpaca",
+    "validation": 5,
+    "seed": 0,
+    "licence": "CC0-1.0",
+}
+
+
+def test_validation_and_instructions_belong_together(project: Path) -> None:
+    edit("texts", lambda e: e.update(asked=INSTRUCTIONS))
+    edit("recovery", lambda e: e["lora"]["recipe"].update(eval_every=2))
+    with pytest.raises(InputError, match=r"recovery.yaml: lora: eval_every needs a validation"):
+        load()
+    entry = copy.deepcopy(CATALOGUES["recovery"]["lora"]) | {"text": "asked"}
+    entry["recipe"]["eval_every"] = 2
+    edit("recovery", lambda e: e.update(lora=entry))
+    recovery = next(c.steps["recovery"] for c in load().cells if "recovery" in c.steps)
+    text = recovery.inputs["text"]
+    assert (text.step, text.params["validation"]) == ("fetch_text", 5)
+    edit("texts", lambda e: e.update(asked=INSTRUCTIONS | {"validation": 6}))
+    moved = next(c.steps["recovery"] for c in load().cells if "recovery" in c.steps)
+    assert moved.key != recovery.key
+
+
+@pytest.mark.parametrize(
+    ("catalogue", "change"),
+    [
+        ("calibration", lambda e: e["small"].update(text="asked")),
+        ("evaluation", lambda e: e["small"]["perplexity"].update(text="asked")),
+    ],
+)
+def test_instructions_are_no_articles(
+    project: Path, catalogue: str, change: Callable[[dict[str, Any]], None]
+) -> None:
+    edit("texts", lambda e: e.update(asked=INSTRUCTIONS))
+    edit(catalogue, change)
+    with pytest.raises(InputError, match=rf"{catalogue}.yaml: text 'asked' holds instructions"):
+        load()
+
+
+@pytest.mark.parametrize("validation", [0, 1.5, "many", None])
+def test_a_text_of_instructions_says_what_is_set_aside(project: Path, validation: Any) -> None:
+    entry = INSTRUCTIONS | {"validation": validation}
+    edit("texts", lambda e: e.update(asked=entry))
+    with pytest.raises(InputError, match=r"texts.yaml: asked\.validation"):
+        load()
+    edit("texts", lambda e: e.update(asked={k: v for k, v in entry.items() if k != "validation"}))
+    with pytest.raises(InputError, match="'validation' is a required property"):
+        load()
+
+
 def test_controls_are_rows(project: Path) -> None:
     controls = [cell.control for cell in load().cells]
     for control in ("dense", "random", "prune_zero", "recovery_only"):

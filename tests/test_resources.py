@@ -82,6 +82,40 @@ def test_model_sizes_by_hand(name: str, weights: int, cache_bytes: int, adapter:
     assert model.lora_parameters(LoraRecipe()) == adapter
 
 
+@pytest.mark.parametrize(
+    ("targets", "adapter"),
+    [
+        (("attention", "mlp"), 19_988_480),
+        (("attention", "mlp", "q_proj"), 19_988_480),
+        # 8 x (4 x 8192) x 32, and 8 x (3 x 15104) x 32.
+        (("attention",), 8_388_608),
+        (("mlp",), 11_599_872),
+    ],
+)
+def test_adapters_by_role(targets: tuple[str, ...], adapter: int) -> None:
+    model = model_of(find("fetch_model", "llama-7b"))
+    assert model is not None
+    assert model.lora_parameters(LoraRecipe(targets=targets)) == adapter
+
+
+def test_work_of_instruction_recovery_by_hand(cluster: Cluster) -> None:
+    """Alpaca's 49,760 records in batches of 64 are 778 steps an epoch; 2 epochs, 16 validations."""
+    node = find("recover", "llama-7b", LLAMA, "recovery_only")
+    text = {"name": "alpaca-cleaned", "format": "alpaca", "validation": 2000}
+
+    def seconds(**recipe: Any) -> float:
+        source = replace(node.inputs["text"], params=text)
+        inputs = {**node.inputs, "text": source}
+        changed = replace(node, params={**node.params, "recipe": recipe}, inputs=inputs)
+        return request(changed, cluster).seconds
+
+    flops = 2 * (6_738_415_616 - 32_000 * 4096) * 256
+    rate = 989e12 * cluster.utilisation.gpu
+    step = 64 * 2.5 * flops / rate
+    assert seconds() - seconds(max_steps=556) == pytest.approx(1000 * step)
+    assert seconds(eval_every=100) - seconds() == pytest.approx(16 * 2000 * flops / rate)
+
+
 def test_decoding_needs_weights_and_cache(cluster: Cluster) -> None:
     node = dense("efficiency", "llama-7b", batch=4, length=200, new_tokens=1848)
     need = request(node, cluster).gpu_mem_mb * MIB

@@ -22,7 +22,7 @@ from prunelib.cluster.settings import DEVICE_STEPS, Cluster, Gpu
 from prunelib.errors import InputError
 from prunelib.experiment.graph import Node
 from prunelib.families import family_of
-from prunelib.recovery.lora import LoraRecipe, parse_recipe, total_steps
+from prunelib.recovery.lora import ROLES, LoraRecipe, parse_recipe, total_steps
 
 MIB = 1024**2
 GB = 10**9
@@ -97,6 +97,7 @@ class Model:
         dtype: of the stored weights.
         heads: number of query heads.
         linears: (outputs, inputs) of a layer's linear maps, by the last part of their names.
+        roles: names of the linear maps of the attention and of the MLP.
     """
 
     parameters: int
@@ -112,6 +113,7 @@ class Model:
     dtype: str
     heads: int
     linears: Mapping[str, tuple[int, int]]
+    roles: Mapping[str, tuple[str, ...]]
 
     @property
     def item(self) -> int:
@@ -127,10 +129,14 @@ class Model:
         """Return the size of the key-value cache of ``tokens`` positions, all sequences summed."""
         return 2 * self.layers * self.kv * tokens * item
 
+    def lora_targets(self, recipe: LoraRecipe) -> list[tuple[int, int]]:
+        """Return (outputs, inputs) of a layer's linear maps that get an adapter."""
+        names = {name for target in recipe.targets for name in self.roles.get(target, (target,))}
+        return [shape for name, shape in self.linears.items() if name in names]
+
     def lora_parameters(self, recipe: LoraRecipe) -> int:
         """Return the adapters' parameters: ``r (inputs + outputs)`` per target."""
-        sizes = [sum(self.linears[name]) for name in recipe.targets if name in self.linears]
-        return recipe.r * self.layers * sum(sizes)
+        return recipe.r * self.layers * sum(map(sum, self.lora_targets(recipe)))
 
     def forward_token_bytes(self, item: int) -> int:
         """Return what one token holds at the widest place of a layer's forward pass.
@@ -209,6 +215,7 @@ def _model_of_geometry(text: str) -> Model:
             for name, shape in family.layer_shapes(geometry).items()
             if len(shape) == 2
         },
+        roles={role: family.linears(geometry, role) for role in ROLES},
     )
 
 
@@ -294,6 +301,15 @@ class _Case:
         text = self.node.inputs["text"].params
         share = float(text.get("split", {}).get(split, 1))
         return math.ceil(self.cluster.tokens_of(str(text["name"])) * share)
+
+    def records(self) -> tuple[int, int]:
+        """Expected records of the step's text for training and for validation; 0 for articles."""
+        text = self.node.inputs["text"].params
+        if text["format"] != "alpaca":
+            return 0, 0
+        count, validation = self.cluster.records_of(str(text["name"])), text["validation"]
+        aside = validation if validation >= 1 else math.floor(count * validation)
+        return max(count - aside, 1), aside
 
     def read_seconds(self, size: float) -> float:
         return size / GB * (1 / self.cluster.host.disk_gbs + 1 / self.cluster.host.hash_gbs)
@@ -470,7 +486,7 @@ def _recover(case: _Case) -> Work:
     # with the mask, which is fp32 on a CPU.
     mask = 1 if case.on_gpu else 4
     copies = (item + mask) if recipe.dropout else (item if item == 2 else 0)
-    inputs = sum(model.linears[name][1] for name in recipe.targets if name in model.linears)
+    inputs = sum(columns for _, columns in model.lora_targets(recipe))
     graphs = batch * model.layers * (model.graph_token_bytes(item) + copies * inputs)
     # Logits, their exponentials and, below fp32, a copy in each dtype.
     logits = LOSS_CHUNK * model.vocabulary * (8 if item == 4 else 12)
@@ -482,12 +498,15 @@ def _recover(case: _Case) -> Work:
     if not case.on_gpu:
         device += (Term("holes in the heap", HEAP_SHARE * graphs),)
     text = case.text_tokens("recovery")
-    steps = total_steps(max(text // recipe.length, 1), recipe)
+    records, validated = case.records()
+    steps = total_steps(records or max(text // recipe.length, 1), recipe)
     tokens = steps * recipe.batch * recipe.length
+    looks = math.ceil(steps / recipe.eval_every) if recipe.eval_every else 0
+    forwards = RECOVERY_FORWARDS * tokens + looks * validated * recipe.length
     return Work(
         device,
         (*host, _tokenised(text)),
-        flops=RECOVERY_FORWARDS * tokens * model.flops(kept),
+        flops=forwards * model.flops(kept),
         host_seconds=seconds + text / 1e5,
         disk=adapter * 4 + SMALL_BYTES,
     )

@@ -107,6 +107,7 @@ class Cluster:
             locally, too; start-up aside.
         steps: rules by step.
         text_tokens: tokens by text, ``default`` for others.
+        text_records: records by instruction text, ``default`` for others.
         tasks: sizes by task, ``default`` for others.
         methods_without_weights: methods whose scores read no weights.
     """
@@ -123,6 +124,7 @@ class Cluster:
     utilisation: Utilisation
     steps: Mapping[str, StepRules]
     text_tokens: Mapping[str, int]
+    text_records: Mapping[str, int]
     tasks: Mapping[str, TaskSize]
     methods_without_weights: frozenset[str] = field(default=frozenset())
 
@@ -158,6 +160,7 @@ class Cluster:
                 for step in SCRIPTS
             },
             text_tokens=data["text_tokens"],
+            text_records=data["text_records"],
             tasks={name: _settings(TaskSize, size) for name, size in data["tasks"].items()},
             methods_without_weights=frozenset(data["methods_without_weights"]),
         )
@@ -174,6 +177,10 @@ class Cluster:
     def tokens_of(self, text: str) -> int:
         """Return the expected tokens of a text, all splits together."""
         return self.text_tokens.get(text, self.text_tokens["default"])
+
+    def records_of(self, text: str) -> int:
+        """Return the expected records of an instruction text, all parts together."""
+        return self.text_records.get(text, self.text_records["default"])
 
     def wants_gpu(self, node: Node) -> bool:
         """Whether a step computes on a GPU here."""

@@ -132,6 +132,38 @@ class Experiment:
             raise InputError(
                 f"{self.path}: baseline: {self.data['baseline']!r} is not one of the methods"
             )
+        self._check_texts()
+
+    def _check_texts(self) -> None:
+        """Refuse a text of instructions where articles are read, and validation without any."""
+        texts = self.catalogues["texts"]
+
+        def instructions(name: str, where: str) -> bool:
+            entry = lookup(texts, name, "text", str(self.config / where))
+            return bool(entry["format"] == "alpaca")
+
+        evaluation = self.catalogues["evaluation"][self.data["evaluation"]]
+        articles = [
+            ("calibration.yaml", self.catalogues["calibration"][self.data["calibration"]]["text"]),
+            ("evaluation.yaml", evaluation["perplexity"]["text"]),
+        ]
+        if local := evaluation.get("tasks", {}).get("local"):
+            articles.append(("evaluation.yaml", local["text"]))
+        for where, name in articles:
+            if instructions(name, where):
+                raise InputError(
+                    f"{self.config / where}: text {name!r} holds instructions; "
+                    "allowed: a text of articles"
+                )
+        for recovery in self.data["recovery"]:
+            entry = self.catalogues["recovery"][recovery]
+            wanted = entry["recipe"].get("eval_every") is not None
+            if wanted and not instructions(entry["text"], "recovery.yaml"):
+                raise InputError(
+                    f"{self.config / 'recovery.yaml'}: {recovery}: eval_every needs a validation "
+                    f"part, which text {entry['text']!r} of articles has not; "
+                    "allowed: a text of the format alpaca"
+                )
 
     @cached_property
     def methods(self) -> dict[str, Method]:
