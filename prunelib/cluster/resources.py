@@ -43,6 +43,9 @@ HEAP_BLOCK_BYTES = 32 * MIB
 HEAP_SHARE = 0.2
 # A tokenised text: ids, masks, offsets and the tokens' strings, until the ids alone are kept.
 TOKEN_BYTES = 300
+# Instructions are tokenised in pieces, of which only the ids are kept: twice while they are put
+# together, beside the records' strings.
+INSTRUCTION_TOKEN_BYTES = 32
 CHARACTERS_PER_TOKEN = 4
 TOKENIZER_BYTES = 10 * 10**6
 # Metrics, windows, summaries.
@@ -349,8 +352,8 @@ def _loaded(case: _Case, parameters: int) -> tuple[tuple[Term, ...], tuple[Term,
     return tuple(terms), (), seconds
 
 
-def _tokenised(tokens: int) -> Term:
-    return Term(f"tokenised text {tokens:,} x {TOKEN_BYTES} B", tokens * TOKEN_BYTES)
+def _tokenised(tokens: int, size: int = TOKEN_BYTES) -> Term:
+    return Term(f"tokenised text {tokens:,} x {size} B", tokens * size)
 
 
 def _fetch_model(case: _Case) -> Work:
@@ -505,7 +508,7 @@ def _recover(case: _Case) -> Work:
     forwards = RECOVERY_FORWARDS * tokens + looks * validated * recipe.length
     return Work(
         device,
-        (*host, _tokenised(text)),
+        (*host, _tokenised(text, INSTRUCTION_TOKEN_BYTES if records else TOKEN_BYTES)),
         flops=forwards * model.flops(kept),
         host_seconds=seconds + text / 1e5,
         disk=adapter * 4 + SMALL_BYTES,

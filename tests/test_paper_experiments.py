@@ -1,0 +1,109 @@
+"""The papers' experiments plan without weights, and their targets give the published sizes."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from prunelib.experiment.experiment import Experiment
+from prunelib.families import family_of
+from prunelib.plan import Plan
+from prunelib.selection import select
+from prunelib.surgery import pruned_config
+from workflow_scripts import cost
+
+ROOT = Path(__file__).resolve().parents[1]
+CONFIG = ROOT / "config"
+EXPERIMENTS = sorted(path.stem for path in (CONFIG / "experiments").glob("llm_pruner_*.yaml"))
+
+# Parameters that are left. LLaMA-7B at 25 %: issue 34 of LLM-Pruner's repository; at 60 %: the
+# paper's 3.35 B; Llama-3-8B and TinyLlama: the repository's table. LLaMA-13B by hand: 33 layers
+# lose 10 heads of 4 x 128 x 5120 and 3,456 channels of 3 x 5120.
+LEFT = {
+    ("llama-7b", 0.25): 5_422_977_024,
+    ("llama-7b", 0.6): 3_350_188_032,
+    ("vicuna-7b", 0.25): 5_422_977_024,
+    ("vicuna-7b", 0.6): 3_350_188_032,
+    ("llama-13b", 0.25): 13_015_864_320 - 33 * (10 * 4 * 128 * 5120 + 3456 * 3 * 5120),
+    ("llama-3-8b", 0.25): 6_612_586_496,
+    ("tinyllama-1.1b", 0.25): 945_907_712,
+}
+
+
+def load(name: str) -> Experiment:
+    return Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
+
+
+def plans(experiment: Experiment) -> dict[tuple[str, float, str], Plan]:
+    """A plan for every model, target and variant that ranks locally, from random scores."""
+    found = {}
+    rng = np.random.default_rng(0)
+    for model in experiment.data["models"]:
+        config = experiment.geometry(model)
+        family = family_of(config)
+        for variant, method in experiment.methods.items():
+            rule = method.rule()
+            if rule.ranking == "global":
+                continue
+            scores = {
+                kind: [rng.random(family.kind(config, kind).count)] * config["num_hidden_layers"]
+                for kind in rule.kinds
+            }
+            for target in experiment.targets:
+                plan = select(scores, family, config, target, rule, {})
+                found[model, target.value, variant] = plan
+    return found
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_targets_leave_the_published_number_of_parameters(name: str) -> None:
+    found = plans(load(name))
+    assert found
+    for (model, value, variant), plan in found.items():
+        assert plan.parameters[1] == LEFT[model, value], (model, value, variant)
+
+
+def test_every_published_size_is_asked_for() -> None:
+    asked = {key[:2] for name in EXPERIMENTS for key in plans(load(name))}
+    assert asked == set(LEFT)
+
+
+@pytest.mark.parametrize("name", ["llm_pruner_llama_7b", "llm_pruner_tinyllama"])
+def test_models_of_the_published_size_can_be_built(name: str) -> None:
+    """Independent of the plan's arithmetic: the modules themselves, without their weights."""
+    import torch
+
+    experiment = load(name)
+    built = {}
+    for (model, value, variant), plan in plans(experiment).items():
+        if variant != "random":
+            continue
+        config = experiment.geometry(model)
+        family = family_of(config)
+        new, _ = pruned_config(family, config, plan)
+        config_class, model_class = family.model_class(new)
+        with torch.device("meta"):
+            built[model, value] = model_class(config_class(**new)).num_parameters()
+    assert built == {key: LEFT[key] for key in built}
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_can_be_costed_without_a_network(
+    name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["--experiment", str(CONFIG / "experiments" / f"{name}.yaml"), "--all"]
+    arguments += ["--catalogue", str(CONFIG), "--cluster", str(CONFIG / "cluster.yaml")]
+    assert cost.main(arguments) == 0
+    steps = set(re.findall(r"^(\w+) ", capsys.readouterr().out, re.MULTILINE))
+    assert {"prune", "perplexity", "tasks", "total"} <= steps
+    assert ("recover" in steps) == bool(load(name).data["recovery"])
+
+
+def test_nothing_is_missing_but_pinned_revisions() -> None:
+    for name in EXPERIMENTS:
+        problems = load(name).preflight()
+        assert problems
+        assert all("the revision is not pinned" in problem for problem in problems)
