@@ -493,8 +493,10 @@ def _recover(case: _Case) -> Work:
     graphs = batch * model.layers * (model.graph_token_bytes(item) + copies * inputs)
     # Logits, their exponentials and, below fp32, a copy in each dtype.
     logits = LOSS_CHUNK * model.vocabulary * (8 if item == 4 else 12)
+    # Weight, gradient and two moments; the best weights so far.
+    size = 20 if recipe.eval_every else 16
     device += (
-        Term(f"adapters {_billions(adapter)} x 16 B", adapter * 16, estimated=False),
+        Term(f"adapters {_billions(adapter)} x {size} B", adapter * size, estimated=False),
         Term(f"graphs of {model.layers} layers x {batch:,} tokens", graphs),
         Term(f"{LOSS_CHUNK} positions of logits", logits),
     )
