@@ -253,7 +253,7 @@ def test_sum_over_members_covers_every_slice() -> None:
         ("nothing", {}, "method 'nothing' is unknown; known: llm_pruner, magnitude"),
         ("magnitude", {"order": 3}, "1 and 2 allowed"),
         ("magnitude", {"power": 2}, "unknown hyper-parameter power"),
-        ("llm_pruner", {"criterion": "best"}, "allowed: element1"),
+        ("llm_pruner", {"criterion": "best"}, "allowed: vector, element1"),
         ("random", {"ranking": "sideways"}, "allowed: local, global"),
         ("random", {"round_to": 0}, "from 1"),
     ],

@@ -13,12 +13,16 @@ once, but only of one layer: the forward pass keeps each layer's input, the back
 through the layers from the last to the first, recomputes a layer, reduces its gradients and frees
 them. The layers nearest the loss need no recomputation: their graph is kept as far as the
 activations fit into ``GRAPH_BYTES``. The head is applied in chunks of positions.
+
+``sweep`` is that walk; what is kept of a layer's gradients is the caller's ``Sums``, so that
+second order (``prunelib.statistics.fisher``) shares everything else.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
@@ -40,15 +44,49 @@ GRAPH_BYTES = 256 * 1024**2
 LOGITS_BYTES = 64 * 1024**2
 
 
-def _reduce(name: str, weight: torch.Tensor, gradient: torch.Tensor) -> dict[str, torch.Tensor]:
-    """Reduce ``w * g`` of one parameter to row and column sums; overwrites ``gradient``."""
-    product = gradient.float().mul_(weight.detach())
-    if product.ndim == 1:
-        product = product.unsqueeze(1)
-    reduced = {f"{name}.sum.rows": product.sum(1), f"{name}.sum.columns": product.sum(0)}
-    product.abs_()
-    reduced |= {f"{name}.abs.rows": product.sum(1), f"{name}.abs.columns": product.sum(0)}
-    return {key: value.cpu() for key, value in reduced.items()}
+def rows_and_columns(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
+    """Return ``<name>.rows`` [rows] and ``<name>.columns`` [columns], sums over the other axis.
+
+    Args:
+        name: what the sums are called.
+        values: [rows, columns], or [rows] as one column.
+    """
+    if values.ndim == 1:
+        values = values.unsqueeze(1)
+    return {f"{name}.rows": values.sum(1).cpu(), f"{name}.columns": values.sum(0).cpu()}
+
+
+class Sums:
+    """The sum over batches of the gradients of one layer's parameters, and what is kept of it.
+
+    Over several batches it is in fp32, whatever the type of the weights.
+
+    Attributes:
+        first: per parameter of the layer the summed gradient, shaped as the parameter.
+    """
+
+    def __init__(self) -> None:
+        self.first: list[torch.Tensor] = []
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add one batch's gradients, which may be overwritten later."""
+        if self.first:
+            self.first = [total.float() for total in self.first]
+            torch._foreach_add_(self.first, list(gradients))
+        else:
+            self.first = list(gradients)
+
+    def reduce(self, number: int, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the statistics of parameter ``number``; overwrites its sums.
+
+        Args:
+            number: index into the sums.
+            name: ``<layer>.<parameter>``.
+            weight: the parameter.
+        """
+        product = self.first[number].float().mul_(weight.detach())
+        reduced = rows_and_columns(f"{name}.sum", product)
+        return reduced | rows_and_columns(f"{name}.abs", product.abs_())
 
 
 class _LayerRecorder:
@@ -169,6 +207,88 @@ def _frozen(model: PreTrainedModel) -> Iterator[None]:
             parameter.requires_grad_(flag)
 
 
+def _require_finite(loss: float, recorder: _LayerRecorder, what: str) -> None:
+    """Raise NonFiniteError if a batch's loss is not finite; name the first layer at fault."""
+    if math.isfinite(loss):
+        return
+    assert recorder.last is not None
+    states = [*recorder.inputs, recorder.last]
+    bad = next((i for i, state in enumerate(states) if not state.isfinite().all()), None)
+    where = (
+        "all layers' outputs are finite, the head's are not"
+        if bad is None
+        else f"layer {bad - 1} is the first whose output is not finite"
+        if bad
+        else "the embeddings are not finite"
+    )
+    raise NonFiniteError(f"{what}: the calibration loss is {loss}; {where}")
+
+
+def sweep(
+    model: PreTrainedModel,
+    family: Family,
+    parts: Sequence[torch.Tensor],
+    targets: int,
+    sums: Callable[[], Sums],
+    what: str,
+) -> tuple[dict[str, torch.Tensor], float]:
+    """Go forward and backward through the model and reduce the gradients layer by layer.
+
+    Args:
+        model: in eval mode; weights and gradients are as before afterwards.
+        family: the model's family.
+        parts: batches of token ids, int64 [windows, length] each.
+        targets: a batch's loss is the sum over its predicted tokens divided by this.
+        sums: makes what takes in one layer's gradients of every batch and reduces them.
+        what: the pass, for messages.
+
+    Returns:
+        The reductions of all layers on the CPU, and the sum of all batches' losses.
+
+    Raises:
+        NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
+    """
+    layers = family.layers(model)
+    statistics: dict[str, torch.Tensor] = {}
+    with _frozen(model):
+        layers.requires_grad_(True)
+        recorders, gradients, loss = [], [], 0.0
+        for part in progress(parts, len(parts), "forward batches", logger):
+            recorder = _LayerRecorder(layers, GRAPH_BYTES // len(parts))
+            try:
+                with torch.no_grad():
+                    model.base_model(input_ids=part.to(model.device), use_cache=False)
+            finally:
+                recorder.close()
+            assert recorder.last is not None
+            gradient, share = _head_gradient(model, family, recorder.last, part, targets)
+            _require_finite(share, recorder, what)
+            recorders.append(recorder)
+            gradients.append(gradient)
+            loss += share
+        for index in progress(range(len(layers))[::-1], len(layers), "layers back", logger):
+            names, parameters = zip(*layers[index].named_parameters(), strict=True)
+            total = sums()
+            for number, recorder in enumerate(recorders):
+                leaf, arguments = recorder.inputs.pop(), recorder.arguments.pop()
+                output = recorder.outputs.pop(index, None)
+                with torch.enable_grad():
+                    if output is None:
+                        output = layers[index](leaf, **arguments)
+                    output = output[0] if isinstance(output, tuple) else output
+                    upstream = gradients[number].to(output.device)
+                    found = torch.autograd.grad(output, (leaf, *parameters), upstream)
+                gradients[number] = found[0]
+                total.add(found[1:])
+                del found, output
+            for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+                reduced = total.reduce(number, f"{index}.{name}", parameter)
+                if not all(value.isfinite().all() for value in reduced.values()):
+                    raise NonFiniteError(f"{what}: layer {index}, {name} is not finite")
+                statistics |= reduced
+    return statistics, loss
+
+
 def collect(
     model: PreTrainedModel,
     family: Family,
@@ -189,49 +309,7 @@ def collect(
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
     """
-    layers = family.layers(model)
     parts = list(batches(windows, batch_windows))
     targets = windows.shape[0] * (windows.shape[1] - 1)
-    statistics: dict[str, torch.Tensor] = {}
-    with _frozen(model):
-        layers.requires_grad_(True)
-        recorders, gradients, loss = [], [], 0.0
-        for part in progress(parts, len(parts), "forward batches", logger):
-            recorder = _LayerRecorder(layers, GRAPH_BYTES // len(parts))
-            try:
-                with torch.no_grad():
-                    model.base_model(input_ids=part.to(model.device), use_cache=False)
-            finally:
-                recorder.close()
-            assert recorder.last is not None
-            gradient, share = _head_gradient(model, family, recorder.last, part, targets)
-            recorders.append(recorder)
-            gradients.append(gradient)
-            loss += share
-        if not torch.isfinite(torch.tensor(loss)):
-            raise NonFiniteError(f"gradients: the calibration loss is {loss}")
-        for index in progress(range(len(layers))[::-1], len(layers), "layers back", logger):
-            names, parameters = zip(*layers[index].named_parameters(), strict=True)
-            total: list[torch.Tensor] = []
-            for number, recorder in enumerate(recorders):
-                leaf, arguments = recorder.inputs.pop(), recorder.arguments.pop()
-                output = recorder.outputs.pop(index, None)
-                with torch.enable_grad():
-                    if output is None:
-                        output = layers[index](leaf, **arguments)
-                    output = output[0] if isinstance(output, tuple) else output
-                    upstream = gradients[number].to(output.device)
-                    found = torch.autograd.grad(output, (leaf, *parameters), upstream)
-                gradients[number] = found[0]
-                if total:
-                    torch._foreach_add_(total, found[1:])
-                else:
-                    total = list(found[1:])
-                del found, output
-            for name, parameter, gradient in zip(names, parameters, total, strict=True):
-                reduced = _reduce(f"{index}.{name}", parameter, gradient)
-                if not all(value.isfinite().all() for value in reduced.values()):
-                    raise NonFiniteError(f"gradients: layer {index}, {name} is not finite")
-                statistics |= reduced
-    statistics["loss"] = torch.tensor(loss, dtype=torch.float64)
-    return statistics
+    statistics, loss = sweep(model, family, parts, targets, Sums, "gradients")
+    return statistics | {"loss": torch.tensor(loss, dtype=torch.float64)}

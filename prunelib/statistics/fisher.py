@@ -1,0 +1,89 @@
+"""One backward pass per calibration window: second-order products and, with them, all others.
+
+The gradient ``g(x_j)`` of window ``j`` is that of the window's own mean next-token loss, so over
+``N`` windows of equal length the gradient of the mean loss is ``g = 1/N sum_j g(x_j)`` and the
+diagonal Fisher information is ``F_kk = 1/N sum_j g_k(x_j)^2`` (LLM-Pruner, arXiv 2305.11627,
+section 3.2; its equation 5 leaves the ``1/N`` of F out, its code, which sends every sample through
+the model by itself and divides the squares by ``N``, does not). For every parameter of every
+decoder layer, each as ``.rows`` [rows] and ``.columns`` [columns], sums over the other axis:
+
+* ``<layer>.<parameter>.abs`` and ``.sum``: as in ``prunelib.statistics.gradients``;
+* ``<layer>.<parameter>.fisher``: ``sum_k w_k^2 F_kk`` (element-wise second order);
+* ``<layer>.<parameter>.mixed``: ``sum_k |g_k w_k - 1/2 w_k^2 F_kk|``.
+
+So this pass serves every gradient criterion; the first-order ones cost it four sums per parameter.
+Of one layer at a time it holds the sum of gradients, the sum of their squares and one window's
+gradients, all fp32.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import torch
+
+from prunelib.statistics.batches import batches
+from prunelib.statistics.gradients import Sums, rows_and_columns, sweep
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from prunelib.families.base import Config, Family
+
+
+class SquaredSums(Sums):
+    """Sums over windows of one layer's gradients and of their squares, in fp32.
+
+    Attributes:
+        squares: per parameter of the layer the summed squared gradient, shaped as the parameter.
+        windows: number of windows summed.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.squares: list[torch.Tensor] = []
+        self.windows = 0
+
+    def add(self, gradients: Sequence[torch.Tensor]) -> None:
+        """Add one window's gradients."""
+        gradients = [gradient.float() for gradient in gradients]
+        if self.squares:
+            torch._foreach_addcmul_(self.squares, gradients, gradients)
+        else:
+            self.squares = [gradient.square() for gradient in gradients]
+        self.windows += 1
+        super().add(gradients)
+
+    def reduce(self, number: int, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the first-order, second-order and mixed statistics of parameter ``number``."""
+        weight = weight.detach()
+        square = self.squares[number].mul_(weight).mul_(weight).div_(self.windows)
+        reduced = rows_and_columns(f"{name}.fisher", square)
+        mixed = square.mul_(-0.5).add_(self.first[number].div_(self.windows) * weight).abs_()
+        reduced |= rows_and_columns(f"{name}.mixed", mixed)
+        return reduced | super().reduce(number, name, weight)
+
+
+def collect(
+    model: PreTrainedModel,
+    family: Family,
+    config: Config,
+    windows: torch.Tensor,
+    batch_windows: int,
+) -> dict[str, torch.Tensor]:
+    """Return the statistics above and the mean ``loss`` [], on the CPU.
+
+    Args:
+        model: in eval mode; weights and gradients are as before afterwards.
+        family: the model's family.
+        config: config.json of the model.
+        windows: int64 [n, length] token ids.
+        batch_windows: of no effect: squares of single windows need every window by itself.
+
+    Raises:
+        NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
+    """
+    parts = list(batches(windows, 1))
+    statistics, loss = sweep(model, family, parts, windows.shape[1] - 1, SquaredSums, "fisher")
+    return statistics | {"loss": torch.tensor(loss / len(parts), dtype=torch.float64)}
