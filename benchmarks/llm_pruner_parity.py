@@ -29,8 +29,6 @@ from prunelib.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from prunelib.families.base import Config, Family
-
 LIBRARY_RATIO = 2.97
 REMAINING = 108_144_576
 MOST_FORWARDS = 5.0
@@ -97,30 +95,6 @@ def measure_gradient_pass(model: Path, text: Path, repeats: int) -> dict[str, An
     return result
 
 
-def library_assignment(config: Config) -> Family:
-    """Return the family with query heads credited to kv heads as LLM-Pruner's library does."""
-    import numpy as np
-
-    from prunelib.families.base import UnitKind, UnitSlice
-    from prunelib.families.llama import LlamaFamily
-
-    class Folded(LlamaFamily):
-        """Scores only: surgery keeps the model's own assignment."""
-
-        def units(self, config: Config) -> dict[str, UnitKind]:
-            """Return the units with query head h in kv group h mod kv heads."""
-            kinds = super().units(config)
-            groups = kinds["kv_group"].count
-            width = min(len(part.owner) for part in kinds["kv_group"].slices) // groups
-            slices = tuple(
-                UnitSlice(p.parameter, p.axis, np.arange(len(p.owner)) // width % groups)
-                for p in kinds["kv_group"].slices
-            )
-            return kinds | {"kv_group": UnitKind("kv_group", groups, slices)}
-
-    return Folded()
-
-
 def perplexities(model: Path, text: Path, seeds: int, windows: int) -> dict[str, list[float]]:
     """Return perplexity by method, one per seed (one for methods without a seed)."""
     import torch
@@ -149,10 +123,10 @@ def perplexities(model: Path, text: Path, seeds: int, windows: int) -> dict[str,
         method: str,
         seed: int,
         passes: dict[str, dict[str, torch.Tensor]],
-        scored_by: Family = family,
+        **parameters: object,
     ) -> None:
-        chosen = create(method, {"order": 2} if method == "magnitude" else {})
-        scores = chosen.scores(ScoringInputs(scored_by, config, WeightReader(model), passes, seed))
+        chosen = create(method, parameters)
+        scores = chosen.scores(ScoringInputs(family, config, WeightReader(model), passes, seed))
         target = Target("groups", 0.34, 4, 4)
         plan = select(scores, family, config, target, chosen.rule(), {})
         if plan.parameters[1] != REMAINING:
@@ -169,13 +143,13 @@ def perplexities(model: Path, text: Path, seeds: int, windows: int) -> dict[str,
         found.setdefault(name, []).append(perplexity(small.eval(), evaluation).perplexity)
         print(f"{name} seed {seed}: perplexity {found[name][-1]:.2f}", flush=True)
 
-    run("l2", "magnitude", 0, {})
+    run("l2", "magnitude", 0, {}, order=2)
     for seed in range(seeds):
         run("random", "random", seed, {})
         batch = calibration(model, text, seed)
         passes = {"gradients": gradients.collect(dense, family, config, batch, len(batch))}
         run("element1", "llm_pruner", seed, passes)
-        run("element1, library's heads", "llm_pruner", seed, passes, library_assignment(config))
+        run("element1, library's heads", "llm_pruner", seed, passes, attribution="library")
     return found
 
 

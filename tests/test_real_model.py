@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from test_pruned_equals_masked import load_in_a_fresh_interpreter, relative_difference
@@ -21,7 +22,7 @@ from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.selection import Target, select
-from prunelib.statistics import activations, gradients
+from prunelib.statistics import activations, fisher, gradients
 from prunelib.surgery import zero_tensors
 
 pytestmark = pytest.mark.real
@@ -113,3 +114,37 @@ def test_articles_are_disjoint(fetched: tuple[Path, Path]) -> None:
     texts = [article.text for part in parts.values() for article in part]
     assert len(titles) == len(set(titles)) == 89
     assert len(texts) == len(set(texts))
+
+
+@pytest.mark.long
+@pytest.mark.parametrize(("criterion", "bound"), [("vector", 0.98), ("mixed", 0.99)])
+def test_half_precision_ranks_as_full_precision(
+    criterion: str, bound: float, fetched: tuple[Path, Path]
+) -> None:
+    """Spearman correlation of a layer's MLP channels, bf16 scoring with fp32 sums against fp32.
+
+    Measured over 4 x 64 tokens, lowest layer: weights alone in bf16 0.9995 (vector) and 0.9999
+    (others); products in bf16 too, as on a GPU, 0.992 and 0.998. A vector's terms cancel, so its
+    sums lose the most.
+    """
+    model, text = fetched
+    tokens = tokenise(read_articles(text, "calibration"), load_tokenizer(model))
+    windows = torch.from_numpy(sample_windows(tokens, 4, 64, 0)[0])
+    config = checkpoint.read_config(model)
+    method, reader = create("llm_pruner", {"criterion": criterion}), checkpoint.WeightReader(model)
+
+    def ranks(network: Any) -> list[Any]:
+        module = {"gradients": gradients, "fisher": fisher}[method.statistics[0]]
+        # Batches of two, so that gradients are summed.
+        found = module.collect(network, family_of(config), config, windows, 2)
+        passes = {method.statistics[0]: found}
+        scores = method.scores(ScoringInputs(family_of(config), config, reader, passes, 0))
+        return [np.argsort(np.argsort(layer)) for layer in scores["mlp_channel"]]
+
+    full = ranks(checkpoint.load_model(model))
+    rounded = ranks(checkpoint.load_model(model, dtype="bfloat16"))
+    half: Any = checkpoint.load_model(model)
+    products = ranks(half.to(torch.bfloat16))
+    for layer, expected in enumerate(full):
+        assert np.corrcoef(expected, rounded[layer])[0, 1] >= 0.99, layer
+        assert np.corrcoef(expected, products[layer])[0, 1] >= bound, layer

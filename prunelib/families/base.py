@@ -46,7 +46,14 @@ class UnitSlice:
 
 @dataclass(frozen=True, eq=False)
 class UnitKind:
-    """All units of one kind in one layer: a kv group, a query slot or an MLP channel."""
+    """All units of one kind in one layer: a kv group, a query slot or an MLP channel.
+
+    Attributes:
+        name: of the kind.
+        count: units per layer.
+        slices: what the units own, in the order in which a forward pass uses the parameters, a
+            bias behind its weight; criteria that look at the last member rely on it.
+    """
 
     name: str
     count: int

@@ -66,11 +66,15 @@ class Method(ABC):
     ranking: str = "local"
     round_to: int = 1
 
-    statistics: ClassVar[tuple[str, ...]] = ()
     seeded: ClassVar[bool] = False
     kinds: ClassVar[tuple[str, ...]] = WIDTH_KINDS
     title: ClassVar[str]
     citation: ClassVar[str]
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """A class attribute where hyper-parameters do not decide."""
+        return ()
 
     def rule(self) -> Rule:
         """Return how this method's units are ranked; raises InputError on bad values."""

@@ -5,27 +5,46 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
-from prunelib.criteria.fold import Array, sum_over_members
+from prunelib.criteria.fold import AGGREGATIONS, Array, aggregate, library_attribution
 from prunelib.errors import InputError
 from prunelib.methods.base import Method, ScoringInputs, score_members
 
 if TYPE_CHECKING:
-    from prunelib.families.base import UnitSlice
+    from collections.abc import Callable
 
-CRITERIA = ("element1",)
+    from prunelib.families.base import UnitKind, UnitSlice
+
+# Per criterion the pass, and the reduction of a row or column in it.
+CRITERIA = {
+    "vector": ("gradients", "sum"),
+    "element1": ("gradients", "abs"),
+    "element2": ("fisher", "fisher"),
+    "mixed": ("fisher", "mixed"),
+}
+ATTRIBUTIONS = ("owner", "library")
 
 
 @dataclass(frozen=True, kw_only=True)
 class LlmPruner(Method):
-    """Block-wise LLM-Pruner with the sum over group members as aggregation.
+    """Block-wise LLM-Pruner.
 
     Attributes:
-        criterion: ``element1``, the element-wise first order ``sum_k |g_k w_k|`` (section 3.2).
+        criterion: importance of one row or column with weights ``w``, gradients ``g`` of the mean
+            loss and diagonal Fisher information ``F`` (section 3.2): ``vector`` is
+            ``|sum_k g_k w_k|``, ``element1`` ``sum_k |g_k w_k|``, ``element2``
+            ``sum_k w_k^2 F_kk``, ``mixed`` ``sum_k |g_k w_k - 1/2 w_k^2 F_kk|``. A head sums its
+            rows or columns; a bias belongs to its row.
+        aggregation: how a unit's members (of a kv group: query, key and value rows, output
+            columns) are combined: ``sum``, ``mean``, ``product``, ``max``, or ``last``, the
+            importance of the last one executed (output and down projection).
+        attribution: ``owner`` credits query heads to the kv head that they attend to; ``library``
+            to head ``h mod kv heads`` as the public code does, for comparison with it.
     """
 
     criterion: str = "element1"
+    aggregation: str = "sum"
+    attribution: str = "owner"
 
-    statistics: ClassVar[tuple[str, ...]] = ("gradients",)
     title: ClassVar[str] = "LLM-Pruner"
     citation: ClassVar[str] = """@inproceedings{ma2023llmpruner,
   title = {{LLM-Pruner}: On the Structural Pruning of Large Language Models},
@@ -35,22 +54,38 @@ class LlmPruner(Method):
 }"""
 
     def __post_init__(self) -> None:
-        if self.criterion not in CRITERIA:
-            raise InputError(
-                f"method llm_pruner: criterion {self.criterion!r} is unknown; "
-                f"allowed: {', '.join(CRITERIA)}"
-            )
+        for name, allowed in (
+            ("criterion", CRITERIA),
+            ("aggregation", AGGREGATIONS),
+            ("attribution", ATTRIBUTIONS),
+        ):
+            value = getattr(self, name)
+            if value not in allowed:
+                raise InputError(
+                    f"method llm_pruner: {name} {value!r} is unknown; allowed: {', '.join(allowed)}"
+                )
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The one pass that the criterion reads."""
+        return (CRITERIA[self.criterion][0],)
 
     def scores(self, inputs: ScoringInputs) -> dict[str, list[Array]]:
-        """Return the summed first-order importance of all units."""
-        gradients = inputs.statistics["gradients"]
+        """Return the gradient importance of all units."""
+        statistic, reduction = CRITERIA[self.criterion]
+        tensors = inputs.statistics[statistic]
 
         def member(layer: int, part: UnitSlice) -> Array:
             axis = "columns" if part.axis == 1 else "rows"
-            scores: Array = gradients[f"{layer}.{part.parameter}.abs.{axis}"].double().numpy()
+            scores: Array = tensors[f"{layer}.{part.parameter}.{reduction}.{axis}"].double().numpy()
             return scores
 
-        return score_members(inputs, self.kinds, member, sum_over_members)
+        def combine(kind: UnitKind, member: Callable[[UnitSlice], Array]) -> Array:
+            if self.attribution == "library":
+                kind = library_attribution(kind)
+            return aggregate(kind, member, self.aggregation)
+
+        return score_members(inputs, self.kinds, member, combine)
 
 
 METHOD = LlmPruner
