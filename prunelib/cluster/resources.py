@@ -53,6 +53,9 @@ SMALL_BYTES = 10**6
 # A backward pass goes through every product twice; LoRA's frozen weights need one of the two.
 RECOVERY_FORWARDS = 2.5
 GRADIENT_FORWARDS = 4
+# Passes over one window's gradients of the whole model: written, read to be added and to be
+# squared; both sums read and written.
+FISHER_TRANSFERS = 7
 
 
 @dataclass(frozen=True)
@@ -389,18 +392,31 @@ def _tasks_data(case: _Case) -> Work:
 
 
 def _statistics(case: _Case) -> Work:
-    """Return the work of a statistic pass: one forward, or one forward and one backward pass."""
+    """Return the work of a statistic pass: one forward, or one forward and one backward pass.
+
+    ``fisher`` goes back window by window. Its products are those of one backward pass, but a layer
+    holds the sums of gradients and of their squares, fp32, beside one window's gradients, and
+    their fp32 copy where they are in half precision: block x (8 + item, and 4 if item < 4) bytes.
+    Every window's gradients pass through the memory ``FISHER_TRANSFERS`` times, its weights
+    twice forward and once back.
+    """
     model, item = case.model, case.item
     calibration = case.node.inputs["calibration"].params
     windows, length = calibration["windows"], calibration["length"]
-    batches = math.ceil(windows / case.param("batch_windows"))
-    batch = min(windows, case.param("batch_windows")) * length
+    per_batch = 1 if case.param("name") == "fisher" else case.param("batch_windows")
+    batches = math.ceil(windows / per_batch)
+    batch = min(windows, per_batch) * length
     tokens = windows * length
     device, host, seconds = _loaded(case, model.parameters)
     linears = model.linears.values()
-    if case.param("name") == "gradients":
+    moved = 0.0
+    if case.param("name") in ("gradients", "fisher"):
         # Bounded by one layer's gradients: they are reduced before the next layer's exist.
-        layer = model.block * item * min(batches, 2) + model.largest * 4
+        fisher = case.param("name") == "fisher"
+        # Sums are fp32; gradients of half precision are there twice while they are widened.
+        widened = 4 if item < 4 else 0
+        sums = 8 + widened if fisher else item + widened if batches > 1 else 0
+        layer = model.block * (item + sums) + model.largest * 4
         # A recomputed layer beside the kept graphs, and the gradients of its intermediates.
         backward = batch * (model.graph_token_bytes(item) + item * 4 * (model.hidden + model.inner))
         device += (
@@ -413,8 +429,12 @@ def _statistics(case: _Case) -> Work:
             Term("one layer's gradients", layer),
             Term("four chunks of logits", 4 * HEAD_BYTES),
         )
-        # Two sums over rows and two over columns, fp32.
-        disk = model.layers * 8 * sum(rows + columns for rows, columns in linears)
+        # Two sums over rows and two over columns, fp32; second order has four.
+        kept = 16 if fisher else 8
+        disk = model.layers * kept * sum(rows + columns for rows, columns in linears)
+        if fisher:
+            blocks = model.layers * model.block
+            moved = windows * blocks * (4 * FISHER_TRANSFERS + 3 * item)
         flops = GRADIENT_FORWARDS * tokens * model.flops(model.parameters)
     else:
         # The hooks square the widest input in fp32 and sum it in fp64; block influence normalises
@@ -433,7 +453,7 @@ def _statistics(case: _Case) -> Work:
             device += (Term(label, model.layers * hole),)
         disk = model.layers * 8 * sum(columns for _, columns in linears)
         flops = tokens * model.flops(model.parameters)
-    return Work(device, host, flops, host_seconds=seconds, disk=disk + SMALL_BYTES)
+    return Work(device, host, flops, moved, host_seconds=seconds, disk=disk + SMALL_BYTES)
 
 
 def _scores(case: _Case) -> Work:
