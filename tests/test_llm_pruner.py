@@ -1,10 +1,9 @@
-"""LLM-Pruner's importance: hand-computed numbers, per-sample autograd, identities, rank agreement."""
+"""LLM-Pruner's importance: by hand, per-sample autograd, identities, options."""
 
 from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -96,7 +95,7 @@ def test_every_criterion_and_aggregation_by_hand(
         TwoLayers(),  # type: ignore[arg-type]
         {"num_hidden_layers": 1},
         lambda name: pytest.fail("reads weights"),
-        {name: found for name in method.statistics},
+        dict.fromkeys(method.statistics, found),
         0,
     )
     first, second = MEMBERS[criterion]
