@@ -13,7 +13,7 @@ from prunelib.checkpoint import load_model
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.families import family_of
 from prunelib.recovery.lora import parse_recipe, recover
-from prunelib.statistics import activations, gradients
+from prunelib.statistics import activations, fisher, gradients
 
 pytestmark = pytest.mark.gpu
 WINDOWS = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(3))
@@ -28,7 +28,7 @@ def gpu() -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "qwen3"])
 def test_statistics_agree(name: str) -> None:
     config = tiny_config(name)
-    for module in (activations, gradients):
+    for module in (activations, gradients, fisher):
         here = module.collect(tiny_model(name), family_of(config), config, WINDOWS, 6)
         there = module.collect(tiny_model(name).cuda(), family_of(config), config, WINDOWS, 6)
         for key, value in here.items():

@@ -258,6 +258,30 @@ def test_planning_does_not_import_torch() -> None:
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
 
 
+def test_second_order_by_hand(cluster: Cluster) -> None:
+    gradients = find("statistics")
+    fisher = replace(gradients, params={**gradients.params, "name": "fisher"})
+    sentence = request(fisher, cluster).explanation
+    # A block of 202,383,360 parameters: bf16 gradients, their fp32 copy, two fp32 sums; and the
+    # product of the largest tensor, 11,008 x 4,096 in fp32.
+    layer = 202_383_360 * (2 + 4 + 4 + 4) + 11_008 * 4_096 * 4
+    assert f"one layer's gradients ({layer / 1e9:.3g} GB)" in sentence
+    # One window of 128 tokens is the batch, whatever the experiment's.
+    assert "one layer's graph of 128 tokens" in sentence
+    assert "one layer's graph of 1,280 tokens" in request(gradients, cluster).explanation
+    # 10 windows x 32 blocks x (7 x 4 B + 3 x 2 B) through the memory, which takes time.
+    work = resources._statistics(resources._Case(fisher, cluster, cluster.gpu(None)[1]))
+    assert work.moved == 10 * 32 * 202_383_360 * 34
+    assert request(fisher, cluster).seconds > request(gradients, cluster).seconds
+
+
+def test_second_order_covers_what_was_measured(cluster: Cluster) -> None:
+    # Peak resident memory of the pass on the embedded model, one thread: 1374 MiB.
+    node = find("statistics", "smollm2-135m", QUICKSTART, "gradients")
+    fisher = replace(node, params={**node.params, "name": "fisher"})
+    assert 1374 <= request(fisher, cluster).mem_mb <= 4 * 1374
+
+
 def test_buffers_are_those_of_the_steps() -> None:
     from prunelib.evaluation import perplexity
     from prunelib.recovery import loss
