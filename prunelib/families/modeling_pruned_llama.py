@@ -48,6 +48,12 @@ class _PerLayerMixin:
         )
         self.post_init()
 
+    def set_attn_implementation(self, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """Choose the attention of all layers, whose configurations are copies."""
+        super().set_attn_implementation(*args, **kwargs)
+        for layer in self.model.layers:
+            layer.self_attn.config._attn_implementation = self.config._attn_implementation
+
 
 class PrunedLlamaConfig(LlamaConfig):
     """LLaMA configuration with per-layer widths."""
