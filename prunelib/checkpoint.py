@@ -61,6 +61,11 @@ def read_config(directory: Path) -> dict[str, Any]:
     return config
 
 
+def family_of_config(config: dict[str, Any]) -> Family:
+    """Return the family of a checkpoint's config, pruned or not."""
+    return family_of(unpruned_config(config) | {"per_layer_config": None})
+
+
 def unpruned_config(config: dict[str, Any]) -> dict[str, Any]:
     """Return a config whose ``model_type`` names the family's unpruned architecture."""
     return config | {"model_type": str(config["model_type"]).removeprefix("pruned_")}
@@ -86,13 +91,14 @@ def weight_files(directory: Path) -> list[Path]:
 
 
 def read_tensors(directory: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield (name, tensor) of a checkpoint, reading one tensor at a time."""
+    """Yield (name in the whole model, tensor) of a checkpoint, reading one tensor at a time."""
     from safetensors import safe_open
 
+    family = family_of_config(read_config(directory))
     for path in weight_files(directory):
         with safe_open(path, framework="pt") as file:
             for name in file.keys():  # noqa: SIM118 - not a mapping
-                yield name, file.get_tensor(name)
+                yield family.full_name(name), file.get_tensor(name)
 
 
 class WeightReader:
@@ -103,22 +109,28 @@ class WeightReader:
 
     def __init__(self, directory: Path) -> None:
         self._paths = weight_files(directory)
+        self._family = family_of_config(read_config(directory))
 
     @cached_property
-    def _where(self) -> dict[str, Any]:
+    def _where(self) -> dict[str, tuple[Any, str]]:
         from safetensors import safe_open
 
         directory = self._paths[0].parent
         if (directory / artefact.RECORD).is_file():
             artefact.verify(directory, [path.name for path in self._paths])
         files = [safe_open(path, framework="pt") for path in self._paths]
-        return {name: file for file in files for name in file.keys()}  # noqa: SIM118
+        return {
+            self._family.full_name(name): (file, name)
+            for file in files
+            for name in file.keys()  # noqa: SIM118
+        }
 
     def __call__(self, name: str) -> torch.Tensor:
         """Return the tensor ``name``; raises InputError when the checkpoint does not have it."""
         if name not in self._where:
             raise InputError(f"the checkpoint has no tensor {name!r}")
-        tensor: torch.Tensor = self._where[name].get_tensor(name)
+        file, stored = self._where[name]
+        tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
 
 
@@ -189,7 +201,7 @@ def _save(
         # Read and written, not copied: file modes of an installation do not matter here.
         text = Path(family.modeling_file()).read_text(encoding="utf-8")
         (out / Path(family.modeling_file()).name).write_text(text, encoding="utf-8")
-    tied = bool(config.get("tie_word_embeddings"))
+    tied = family.dimensions(config).tied
     return write_tensors(((n, t) for n, t in tensors if not (tied and n in TIED_NAMES)), out)
 
 
@@ -227,7 +239,7 @@ def export_stock(pruned: Path, original_config: dict[str, Any], out: Path) -> No
 def save_like(model: PreTrainedModel, source: Path, out: Path) -> None:
     """Save a model's weights with the config, modelling file, tokenizer and plan of ``source``."""
     config = read_config(source)
-    family = family_of(unpruned_config(config) | {"per_layer_config": None})
+    family = family_of_config(config)
     _save(source, out, config, "auto_map" not in config, family, model.state_dict().items())
     if (source / PLAN_FILE).is_file():
         shutil.copyfile(source / PLAN_FILE, out / PLAN_FILE)
@@ -249,7 +261,7 @@ def build_model(
     """
     from huggingface_hub.errors import StrictDataclassError
 
-    family = family_of(unpruned_config(config) | {"per_layer_config": None})
+    family = family_of_config(config)
     config_class, model_class = family.model_class(config)
     data = {k: v for k, v in config.items() if k not in ("auto_map", "model_type")}
     per_layer = data.pop("per_layer_config", None)

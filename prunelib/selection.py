@@ -92,13 +92,13 @@ class Rule:
             raise InputError(f"round_to {self.round_to} given; a whole number from 1 allowed")
 
 
-def prunable_layers(config: Config, target: Target) -> range:
+def prunable_layers(family: Family, config: Config, target: Target) -> range:
     """Return the indices of the layers that are not protected.
 
     Raises:
         InputError: all layers are protected although something is to be removed.
     """
-    count = int(config["num_hidden_layers"])
+    count = family.dimensions(config).layers
     layers = range(target.protect_first, count - target.protect_last)
     if not layers and target.value > 0:
         raise InputError(
@@ -148,7 +148,7 @@ def local_counts(family: Family, config: Config, target: Target, rule: Rule) -> 
         InputError: the target cannot be reached.
     """
     check_reachable(family, config, target, rule)
-    layers = prunable_layers(config, target)
+    layers = prunable_layers(family, config, target)
     counts = {kind: family.kind(config, kind).count for kind in rule.kinds}
     if target.kind == "groups":
         return {
@@ -194,7 +194,7 @@ def most_removable(family: Family, config: Config, target: Target, rule: Rule) -
     for name in rule.kinds:
         kind = family.kind(config, name)
         per_layer += kind.cost(shapes) * _most_dropped(kind.count, _granularity(name, rule))
-    return per_layer * len(prunable_layers(config, target))
+    return per_layer * len(prunable_layers(family, config, target))
 
 
 def check_reachable(family: Family, config: Config, target: Target, rule: Rule) -> None:
@@ -203,13 +203,14 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
     Raises:
         InputError: with what was asked for and the most that can be had.
     """
-    layers = prunable_layers(config, target)
+    layers = prunable_layers(family, config, target)
     if rule.kinds == ("block",):
         blocks = block_count(family, config, target)
-        if blocks >= int(config["num_hidden_layers"]):
+        count = family.dimensions(config).layers
+        if blocks >= count:
             raise InputError(
                 f"target {target.kind} {target.value}: would remove {blocks} of "
-                f"{config['num_hidden_layers']} blocks; at least one must stay"
+                f"{count} blocks; at least one must stay"
             )
         return
     if target.kind == "blocks":
@@ -241,7 +242,7 @@ def block_count(family: Family, config: Config, target: Target) -> int:
     if target.kind == "blocks":
         return int(target.value)
     if target.kind == "groups":
-        return round(target.value * int(config["num_hidden_layers"]))
+        return round(target.value * family.dimensions(config).layers)
     return round(target.value * family.parameters(config) / family.block_parameters(config))
 
 
@@ -270,7 +271,7 @@ def select(
     """
     check_reachable(family, config, target, rule)
     _check_scores(scores, family, config, rule)
-    count = int(config["num_hidden_layers"])
+    count = family.dimensions(config).layers
     kinds = {} if rule.kinds == ("block",) else {k: family.kind(config, k) for k in rule.kinds}
     everything = {name: tuple(range(kind.count)) for name, kind in kinds.items()}
     kept: list[dict[str, tuple[int, ...]] | None] = [dict(everything) for _ in range(count)]
@@ -299,7 +300,7 @@ def _dropped(
     scores: Scores, family: Family, config: Config, target: Target, rule: Rule
 ) -> dict[tuple[int, str], int]:
     """Return how many of the lowest units go, by (layer, kind)."""
-    layers = prunable_layers(config, target)
+    layers = prunable_layers(family, config, target)
     if rule.ranking == "local":
         counts = local_counts(family, config, target, rule)
         return {(layer, kind): n for layer in layers for kind, n in counts.items()}
@@ -310,7 +311,7 @@ def _global_counts(
     scores: Scores, family: Family, config: Config, target: Target, rule: Rule
 ) -> dict[tuple[int, str], int]:
     """Cut one list of all units at the place that comes nearest to the target."""
-    layers = prunable_layers(config, target)
+    layers = prunable_layers(family, config, target)
     places = [(layer, kind) for layer in layers for kind in rule.kinds]
     shapes = family.layer_shapes(config)
     units = {kind: family.kind(config, kind) for kind in rule.kinds}
@@ -351,7 +352,7 @@ def _global_counts(
 
 
 def _check_scores(scores: Scores, family: Family, config: Config, rule: Rule) -> None:
-    count = int(config["num_hidden_layers"])
+    count = family.dimensions(config).layers
     for kind in rule.kinds:
         if kind not in scores:
             raise InputError(f"scores: kind {kind!r} is missing; given: {', '.join(scores)}")

@@ -97,8 +97,12 @@ def zero_tensors(
 
     The resulting model computes the same function as the pruned one: a zeroed head or channel
     adds nothing to the residual stream, and neither does a block of zero output projections.
+
+    Raises:
+        InputError: the plan is for another architecture, or removes blocks where zeros do not.
     """
     check_plan(plan, family, config)
+    _check_zero_blocks(plan, family, config)
     kinds = family.units(config)
     for name, tensor in tensors:
         place = layer_of(name, family.layer_prefix)
@@ -126,8 +130,12 @@ def pad_tensors(
     The inverse of ``prune_tensors`` for everything that stays: the result loads as the stock
     architecture at the original size and computes the pruned model's function. Removed blocks
     come back as blocks of zeros, which add nothing to the residual stream.
+
+    Raises:
+        InputError: the plan is for another architecture, or removes blocks where zeros do not.
     """
     check_plan(plan, family, config)
+    _check_zero_blocks(plan, family, config)
     shapes = family.layer_shapes(config)
     positions = {
         old: family.kept_positions(config, plan.kept[old] or {}) for old in plan.kept_layers
@@ -169,13 +177,21 @@ def pruned_config(family: Family, config: Config, plan: Plan) -> tuple[dict[str,
     return family.pruned_config(config, widths, plan.kept_layers)
 
 
+def _check_zero_blocks(plan: Plan, family: Family, config: Config) -> None:
+    if plan.removed_blocks and not family.zero_block_is_neutral(config):
+        raise InputError(
+            f"this {config['model_type']} model normalises the residual stream in every block: "
+            "a removed block cannot be written as zeros"
+        )
+
+
 def check_plan(plan: Plan, family: Family, config: Config) -> None:
     """Refuse a plan made for another architecture.
 
     Raises:
         InputError: model_type, layers or unit counts differ.
     """
-    layers = int(config["num_hidden_layers"])
+    layers = family.dimensions(config).layers
     counts = {name: kind.count for name, kind in family.units(config).items()}
     if plan.model_type != config["model_type"] or len(plan.kept) != layers:
         raise InputError(

@@ -103,7 +103,7 @@ def test_pruned_equals_masked_here_and_elsewhere(
     remote = "auto_map" in checkpoint.read_config(tmp_path)
     assert remote == (method != "shortgpt")
     # A fresh interpreter without this library.
-    assert load_in_a_fresh_interpreter({str(tmp_path): remote})[str(tmp_path)] == [bits, True]
+    assert load_in_a_fresh_interpreter({str(tmp_path): remote})[str(tmp_path)] == [bits, True, True]
 
 
 def test_articles_are_disjoint(fetched: tuple[Path, Path]) -> None:

@@ -199,23 +199,21 @@ def _model(source: Node) -> Model:
 def _model_of_geometry(text: str) -> Model:
     geometry = json.loads(text)
     family = family_of(geometry)
-    heads = int(geometry["num_attention_heads"])
-    width = int(geometry.get("head_dim") or int(geometry["hidden_size"]) // heads)
+    size = family.dimensions(geometry)
     stored = str(geometry.get("dtype") or geometry.get("torch_dtype")).removeprefix("torch.")
     return Model(
         parameters=family.parameters(geometry),
         block=family.block_parameters(geometry),
-        layers=int(geometry["num_hidden_layers"]),
-        hidden=int(geometry["hidden_size"]),
-        attention=heads * width,
-        kv=int(geometry.get("num_key_value_heads") or heads) * width,
-        inner=int(geometry["intermediate_size"]),
-        vocabulary=int(geometry["vocab_size"]),
-        tied=bool(geometry.get("tie_word_embeddings", False)),
-        # Some published configs leave it to the architecture's default.
-        positions=int(geometry.get("max_position_embeddings") or 1 << 30),
+        layers=size.layers,
+        hidden=size.hidden,
+        attention=size.heads * size.head_dim,
+        kv=size.kv_heads * size.head_dim,
+        inner=size.inner,
+        vocabulary=size.vocabulary,
+        tied=size.tied,
+        positions=size.positions or 1 << 30,
         dtype=stored if stored in ITEM_BYTES else "float32",
-        heads=heads,
+        heads=size.heads,
         linears={
             name.removesuffix(".weight").rpartition(".")[2]: (shape[0], shape[1])
             for name, shape in family.layer_shapes(geometry).items()

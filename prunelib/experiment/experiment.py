@@ -258,7 +258,7 @@ class Experiment:
         return {name: compute[name] for name in ("device", "dtype", "threads")}
 
     def _family(self, model: str) -> str:
-        return family_module(str(self.geometry(model)["model_type"]))
+        return family_module(self.geometry(model))
 
     @cache  # noqa: B019
     def _model(self, name: str) -> Node:

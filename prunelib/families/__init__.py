@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ast
 import importlib
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,6 +18,19 @@ from prunelib.errors import InputError
 
 if TYPE_CHECKING:
     from prunelib.families.base import Config, Family
+
+# What the families have no units for, told by what a config of that kind always states.
+_UNSUPPORTED = {
+    "mixture of experts": (
+        "num_experts",
+        "num_local_experts",
+        "n_routed_experts",
+        "moe_num_experts",
+        "num_experts_per_tok",
+    ),
+    "latent attention": ("kv_lora_rank",),
+    "state space": ("state_size", "mamba_d_state", "ssm_state_size", "ssm_cfg"),
+}
 
 
 @cache
@@ -34,17 +48,32 @@ def _modules_by_model_type() -> dict[str, str]:
     return found
 
 
-def family_module(model_type: str) -> str:
-    """Return the name of the module that serves ``model_type``, without importing it.
+def _reasons(config: Config) -> str:
+    """Return in parentheses what stands against an unsupported architecture, if it is known."""
+    parts = [config, *(value for value in config.values() if isinstance(value, Mapping))]
+    reasons = [
+        reason
+        for reason, keys in _UNSUPPORTED.items()
+        if any(part.get(key) for part in parts for key in keys)
+    ]
+    return f" ({', '.join(reasons)})" if reasons else ""
+
+
+def family_module(config: Config) -> str:
+    """Return the name of the module that serves a config, without importing it.
 
     Raises:
-        InputError: no family serves it.
+        InputError: no family serves its ``model_type``.
     """
+    if "model_type" not in config:
+        raise InputError("the model's config.json has no model_type")
+    model_type = str(config["model_type"])
     modules = _modules_by_model_type()
     if model_type not in modules:
+        supported = sorted(name for name in modules if not name.startswith("pruned_"))
         raise InputError(
-            f"architecture {model_type!r} is not supported; supported model_type values: "
-            f"{', '.join(sorted(modules))}"
+            f"architecture {model_type!r} is not supported{_reasons(config)}; "
+            f"supported model_type values: {', '.join(supported)}"
         )
     return modules[model_type]
 
@@ -55,9 +84,12 @@ def family_of(config: Config) -> Family:
     Raises:
         InputError: the architecture, or something in this config, is not supported.
     """
-    if "model_type" not in config:
-        raise InputError("the model's config.json has no model_type")
-    module = importlib.import_module(family_module(str(config["model_type"])))
+    module = importlib.import_module(family_module(config))
     family: Family = module.FAMILY()
-    family.check(config)
+    try:
+        family.check(config)
+    except KeyError as error:
+        raise InputError(f"config.json is not a valid {family.name} config: no {error}") from error
+    except (TypeError, ValueError) as error:
+        raise InputError(f"config.json is not a valid {family.name} config: {error}") from error
     return family

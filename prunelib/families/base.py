@@ -68,12 +68,107 @@ class UnitKind:
 
 
 @dataclass(frozen=True)
-class LayerWidths:
-    """Widths of one layer of a pruned model, in the terms of a transformers config."""
+class Dimensions:
+    """The sizes of an unpruned model, whatever its config calls them.
 
-    num_attention_heads: int
-    num_key_value_heads: int
-    intermediate_size: int
+    Attributes:
+        layers: number of decoder layers.
+        hidden: width of the residual stream.
+        heads: query heads of a layer.
+        kv_heads: key-value heads of a layer.
+        head_dim: width of one head.
+        inner: MLP channels of a layer.
+        vocabulary: entries of the embedding.
+        positions: longest sequence; None where the architecture sets none.
+        tied: whether the embedding is the output head.
+    """
+
+    layers: int
+    hidden: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    inner: int
+    vocabulary: int
+    positions: int | None
+    tied: bool
+
+
+# Fields of a transformers config that hold for one layer, as in `per_layer_config`.
+LayerFields = dict[str, Any]
+
+
+def linear_shapes(linears: Mapping[str, tuple[int, int, bool]]) -> dict[str, Shape]:
+    """Return parameter shapes of linear maps given as name -> (outputs, inputs, has a bias)."""
+    shapes: dict[str, Shape] = {}
+    for name, (rows, columns, bias) in linears.items():
+        shapes[f"{name}.weight"] = (rows, columns)
+        if bias:
+            shapes[f"{name}.bias"] = (rows,)
+    return shapes
+
+
+def rows(
+    shapes: Mapping[str, Shape], module: str, owner: npt.NDArray[np.int64]
+) -> tuple[UnitSlice, ...]:
+    """Return the slices of a linear map's outputs: its weight's rows and, if it has one, its bias.
+
+    Args:
+        shapes: the layer's parameters.
+        module: the linear map's name relative to the layer.
+        owner: unit of every output.
+    """
+    names = (f"{module}.weight", f"{module}.bias")
+    return tuple(UnitSlice(name, 0, owner) for name in names if name in shapes)
+
+
+def columns(module: str, owner: npt.NDArray[np.int64]) -> tuple[UnitSlice, ...]:
+    """Return the slice of a linear map's inputs, its weight's columns; its bias stays whole."""
+    return (UnitSlice(f"{module}.weight", 1, owner),)
+
+
+def kept_count(kept: Mapping[str, Sequence[int]], kind: str, count: int) -> int:
+    """Return how many units of ``kind`` stay; a kind that ``kept`` does not name is not pruned."""
+    return len(kept[kind]) if kind in kept else count
+
+
+def per_layer(
+    config: Config,
+    layers: Sequence[LayerFields],
+    *,
+    title: str,
+    module: str,
+) -> dict[str, Any]:
+    """Return ``config`` as that of a model whose layers are built one by one.
+
+    Args:
+        config: config of the pruned model but for what differs between layers.
+        layers: per layer, the fields that are its own.
+        title: what the classes of the architecture begin with, e.g. ``Llama``.
+        module: name of the modelling file, without ``.py``.
+    """
+    return dict(config) | {
+        "model_type": f"pruned_{config['model_type']}",
+        "architectures": [f"Pruned{title}ForCausalLM"],
+        "auto_map": {
+            "AutoConfig": f"{module}.Pruned{title}Config",
+            "AutoModelForCausalLM": f"{module}.Pruned{title}ForCausalLM",
+        },
+        "per_layer_config": {str(i): dict(fields) for i, fields in enumerate(layers)},
+    }
+
+
+def refuse_pruned(config: Config) -> None:
+    """Refuse a config whose layers differ already.
+
+    Raises:
+        InputError: it has ``per_layer_config``.
+    """
+    if config.get("per_layer_config"):
+        raise InputError(
+            "the model is already pruned layer by layer (config.json has per_layer_config); "
+            "prune the original model instead"
+        )
 
 
 class Family(ABC):
@@ -85,6 +180,10 @@ class Family(ABC):
     @abstractmethod
     def check(self, config: Config) -> None:
         """Refuse (InputError) a config that this family cannot prune exactly."""
+
+    @abstractmethod
+    def dimensions(self, config: Config) -> Dimensions:
+        """Return the sizes of the unpruned model."""
 
     @abstractmethod
     def layer_shapes(self, config: Config) -> dict[str, Shape]:
@@ -103,12 +202,12 @@ class Family(ABC):
         """Return the modules of a layer whose inputs cover all distinct linear inputs."""
 
     @abstractmethod
-    def widths(self, config: Config, kept: Mapping[str, Sequence[int]]) -> LayerWidths:
-        """Return the widths that a layer has with the units ``kept``."""
+    def widths(self, config: Config, kept: Mapping[str, Sequence[int]]) -> LayerFields:
+        """Return the config fields of a layer with the units ``kept``."""
 
     @abstractmethod
     def pruned_config(
-        self, config: Config, layers: Sequence[LayerWidths], kept_layers: Sequence[int]
+        self, config: Config, layers: Sequence[LayerFields], kept_layers: Sequence[int]
     ) -> tuple[dict[str, Any], bool]:
         """Return the config of a pruned model and whether stock transformers can build it."""
 
@@ -128,9 +227,22 @@ class Family(ABC):
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """Return what stands between the last layer's output and the language-model head."""
 
+    def zero_block_is_neutral(self, config: Config) -> bool:
+        """Return whether a block of zeros hands its input on unchanged, as a removed one does."""
+        return True
+
+    def full_name(self, name: str) -> str:
+        """Return a stored tensor's name in the whole model.
+
+        transformers also loads weights that were saved from the body alone, without its prefix;
+        some published checkpoints are of that kind.
+        """
+        prefix = self.layer_prefix.partition(".")[0] + "."
+        return name if name.startswith((prefix, "lm_head.")) else prefix + name
+
     def parameters(self, config: Config) -> int:
         """Return the number of parameters of the unpruned model (tied ones counted once)."""
-        return self.block_parameters(config) * int(config["num_hidden_layers"]) + sum(
+        return self.block_parameters(config) * self.dimensions(config).layers + sum(
             math.prod(shape) for shape in self.outer_shapes(config).values()
         )
 

@@ -8,7 +8,20 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from prunelib.errors import InputError
-from prunelib.families.base import Config, Family, LayerWidths, Shape, UnitKind, UnitSlice
+from prunelib.families.base import (
+    Config,
+    Dimensions,
+    Family,
+    LayerFields,
+    Shape,
+    UnitKind,
+    columns,
+    kept_count,
+    linear_shapes,
+    per_layer,
+    refuse_pruned,
+    rows,
+)
 
 if TYPE_CHECKING:
     from torch import nn
@@ -41,6 +54,54 @@ def _biases(config: Config) -> tuple[bool, bool, bool]:
     return attention, attention, bool(config.get("mlp_bias", False)) and model_type == "llama"
 
 
+def grouped_heads(size: Dimensions, shapes: Mapping[str, Shape]) -> dict[str, UnitKind]:
+    """Return the kinds ``kv_group`` and ``query_slot`` of separate q, k, v and o projections.
+
+    Args:
+        size: the model's sizes.
+        shapes: the layer's parameters (with or without biases).
+    """
+    per_group = size.heads // size.kv_heads
+    head_of_row = np.arange(size.heads * size.head_dim) // size.head_dim
+    kv_row = np.arange(size.kv_heads * size.head_dim) // size.head_dim
+    group_of_row, slot_of_row = head_of_row // per_group, head_of_row % per_group
+    return {
+        "kv_group": UnitKind(
+            "kv_group",
+            size.kv_heads,
+            rows(shapes, "self_attn.q_proj", group_of_row)
+            + rows(shapes, "self_attn.k_proj", kv_row)
+            + rows(shapes, "self_attn.v_proj", kv_row)
+            + columns("self_attn.o_proj", group_of_row),
+        ),
+        "query_slot": UnitKind(
+            "query_slot",
+            per_group,
+            rows(shapes, "self_attn.q_proj", slot_of_row)
+            + columns("self_attn.o_proj", slot_of_row),
+        ),
+    }
+
+
+def grouped_widths(size: Dimensions, kept: Mapping[str, Sequence[int]]) -> LayerFields:
+    """Return the config fields of a layer with grouped heads that keeps the units ``kept``."""
+    groups = kept_count(kept, "kv_group", size.kv_heads)
+    slots = kept_count(kept, "query_slot", size.heads // size.kv_heads)
+    return {
+        "num_attention_heads": groups * slots,
+        "num_key_value_heads": groups,
+        "intermediate_size": kept_count(kept, "mlp_channel", size.inner),
+    }
+
+
+def widest(layers: Sequence[LayerFields]) -> LayerFields:
+    """Return the largest value of every field, for the global fields.
+
+    Readers of a config.json that do not know ``per_layer_config`` look at these.
+    """
+    return {key: max(fields[key] for fields in layers) for key in layers[0]}
+
+
 class LlamaFamily(Family):
     """Pre-norm decoder: q/k/v/o with rotary heads, gated MLP, RMS norms, no positions table.
 
@@ -54,51 +115,52 @@ class LlamaFamily(Family):
 
     def check(self, config: Config) -> None:
         """Refuse configs whose widths already differ by layer or do not divide."""
-        if config.get("per_layer_config"):
+        refuse_pruned(config)
+        size = self.dimensions(config)
+        if size.heads % size.kv_heads:
             raise InputError(
-                "the model is already pruned layer by layer (config.json has per_layer_config); "
-                "prune the original model instead"
-            )
-        heads = int(config["num_attention_heads"])
-        groups = int(config.get("num_key_value_heads") or heads)
-        if heads % groups:
-            raise InputError(
-                f"num_attention_heads {heads} is not a multiple of num_key_value_heads {groups}"
+                f"num_attention_heads {size.heads} is not a multiple of "
+                f"num_key_value_heads {size.kv_heads}"
             )
 
-    def _dimensions(self, config: Config) -> tuple[int, int, int, int, int]:
+    def dimensions(self, config: Config) -> Dimensions:
+        """Return the sizes of the unpruned model."""
         heads = int(config["num_attention_heads"])
-        return (
-            int(config["hidden_size"]),
-            heads,
-            int(config.get("num_key_value_heads") or heads),
-            head_dim(config),
-            int(config["intermediate_size"]),
+        # Some published configs leave the number of positions to the architecture's default.
+        positions = config.get("max_position_embeddings")
+        return Dimensions(
+            layers=int(config["num_hidden_layers"]),
+            hidden=int(config["hidden_size"]),
+            heads=heads,
+            kv_heads=int(config.get("num_key_value_heads") or heads),
+            head_dim=head_dim(config),
+            inner=int(config["intermediate_size"]),
+            vocabulary=int(config["vocab_size"]),
+            positions=int(positions) if positions else None,
+            tied=bool(config.get("tie_word_embeddings", False)),
         )
 
     def layer_shapes(self, config: Config) -> dict[str, Shape]:
         """Return the shape of every parameter of one unpruned layer."""
-        hidden, heads, groups, width, inner = self._dimensions(config)
+        size = self.dimensions(config)
         qkv_bias, o_bias, mlp_bias = _biases(config)
-        linears: dict[str, tuple[int, int, bool]] = {
-            "self_attn.q_proj": (heads * width, hidden, qkv_bias),
-            "self_attn.k_proj": (groups * width, hidden, qkv_bias),
-            "self_attn.v_proj": (groups * width, hidden, qkv_bias),
-            "self_attn.o_proj": (hidden, heads * width, o_bias),
-            "mlp.gate_proj": (inner, hidden, mlp_bias),
-            "mlp.up_proj": (inner, hidden, mlp_bias),
-            "mlp.down_proj": (hidden, inner, mlp_bias),
-        }
-        shapes: dict[str, Shape] = {}
-        for name, (rows, columns, bias) in linears.items():
-            shapes[f"{name}.weight"] = (rows, columns)
-            if bias:
-                shapes[f"{name}.bias"] = (rows,)
+        queries, keys = size.heads * size.head_dim, size.kv_heads * size.head_dim
+        shapes = linear_shapes(
+            {
+                "self_attn.q_proj": (queries, size.hidden, qkv_bias),
+                "self_attn.k_proj": (keys, size.hidden, qkv_bias),
+                "self_attn.v_proj": (keys, size.hidden, qkv_bias),
+                "self_attn.o_proj": (size.hidden, queries, o_bias),
+                "mlp.gate_proj": (size.inner, size.hidden, mlp_bias),
+                "mlp.up_proj": (size.inner, size.hidden, mlp_bias),
+                "mlp.down_proj": (size.hidden, size.inner, mlp_bias),
+            }
+        )
         if config["model_type"] == "qwen3":
-            shapes["self_attn.q_norm.weight"] = (width,)
-            shapes["self_attn.k_norm.weight"] = (width,)
-        shapes["input_layernorm.weight"] = (hidden,)
-        shapes["post_attention_layernorm.weight"] = (hidden,)
+            shapes["self_attn.q_norm.weight"] = (size.head_dim,)
+            shapes["self_attn.k_norm.weight"] = (size.head_dim,)
+        shapes["input_layernorm.weight"] = (size.hidden,)
+        shapes["post_attention_layernorm.weight"] = (size.hidden,)
         return shapes
 
     def outer_shapes(self, config: Config) -> dict[str, Shape]:
@@ -114,47 +176,16 @@ class LlamaFamily(Family):
 
     def units(self, config: Config) -> dict[str, UnitKind]:
         """Return kv groups, query slots and MLP channels with the slices they own."""
-        _, heads, groups, width, inner = self._dimensions(config)
-        per_group = heads // groups
-        head_of_row = np.arange(heads * width) // width
-        kv_row = np.arange(groups * width) // width
-        channel = np.arange(inner)
-        shapes = self.layer_shapes(config)
-
-        def rows(module: str, owner: np.ndarray) -> list[UnitSlice]:
-            names = [f"{module}.weight", f"{module}.bias"]
-            return [UnitSlice(name, 0, owner) for name in names if name in shapes]
-
-        def columns(module: str, owner: np.ndarray) -> list[UnitSlice]:
-            return [UnitSlice(f"{module}.weight", 1, owner)]
-
-        group_of_row, slot_of_row = head_of_row // per_group, head_of_row % per_group
+        size, shapes = self.dimensions(config), self.layer_shapes(config)
+        channel = np.arange(size.inner)
         return {
-            "kv_group": UnitKind(
-                "kv_group",
-                groups,
-                tuple(
-                    rows("self_attn.q_proj", group_of_row)
-                    + rows("self_attn.k_proj", kv_row)
-                    + rows("self_attn.v_proj", kv_row)
-                    + columns("self_attn.o_proj", group_of_row)
-                ),
-            ),
-            "query_slot": UnitKind(
-                "query_slot",
-                per_group,
-                tuple(
-                    rows("self_attn.q_proj", slot_of_row) + columns("self_attn.o_proj", slot_of_row)
-                ),
-            ),
+            **grouped_heads(size, shapes),
             "mlp_channel": UnitKind(
                 "mlp_channel",
-                inner,
-                tuple(
-                    rows("mlp.gate_proj", channel)
-                    + rows("mlp.up_proj", channel)
-                    + columns("mlp.down_proj", channel)
-                ),
+                size.inner,
+                rows(shapes, "mlp.gate_proj", channel)
+                + rows(shapes, "mlp.up_proj", channel)
+                + columns("mlp.down_proj", channel),
             ),
         }
 
@@ -162,16 +193,12 @@ class LlamaFamily(Family):
         """Return one module per distinct input: q shares its input with k and v, gate with up."""
         return ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
 
-    def widths(self, config: Config, kept: Mapping[str, Sequence[int]]) -> LayerWidths:
+    def widths(self, config: Config, kept: Mapping[str, Sequence[int]]) -> LayerFields:
         """Return head counts and MLP width of a layer that keeps the units ``kept``."""
-        _, heads, groups, _, inner = self._dimensions(config)
-        kept_groups = len(kept["kv_group"]) if "kv_group" in kept else groups
-        slots = len(kept["query_slot"]) if "query_slot" in kept else heads // groups
-        channels = len(kept["mlp_channel"]) if "mlp_channel" in kept else inner
-        return LayerWidths(kept_groups * slots, kept_groups, channels)
+        return grouped_widths(self.dimensions(config), kept)
 
     def pruned_config(
-        self, config: Config, layers: Sequence[LayerWidths], kept_layers: Sequence[int]
+        self, config: Config, layers: Sequence[LayerFields], kept_layers: Sequence[int]
     ) -> tuple[dict[str, Any], bool]:
         """Write the config of a pruned model.
 
@@ -185,12 +212,9 @@ class LlamaFamily(Family):
         new["num_hidden_layers"] = len(layers)
         if config.get("layer_types"):
             new["layer_types"] = [config["layer_types"][i] for i in kept_layers]
-        first = layers[0]
-        new["num_attention_heads"] = first.num_attention_heads
-        new["num_key_value_heads"] = first.num_key_value_heads
-        new["intermediate_size"] = first.intermediate_size
-        if all(widths == first for widths in layers):
-            divides = int(config["hidden_size"]) % first.num_attention_heads == 0
+        if all(fields == layers[0] for fields in layers):
+            new |= layers[0]
+            divides = int(config["hidden_size"]) % new["num_attention_heads"] == 0
             if config["model_type"] != "llama" or divides:
                 return new, True
             if not any(_biases(config)):
@@ -202,29 +226,9 @@ class LlamaFamily(Family):
                 for key in ("attention_bias", "mlp_bias", "pretraining_tp"):
                     new.pop(key, None)
                 return new, True
-        base = str(config["model_type"])
-        title = base.capitalize()
-        module = "modeling_pruned_llama"
-        # The widest layer stands in the global fields, which readers of config.json look at first.
-        for key in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
-            new[key] = max(getattr(widths, key) for widths in layers)
-        new |= {
-            "model_type": f"pruned_{base}",
-            "architectures": [f"Pruned{title}ForCausalLM"],
-            "auto_map": {
-                "AutoConfig": f"{module}.Pruned{title}Config",
-                "AutoModelForCausalLM": f"{module}.Pruned{title}ForCausalLM",
-            },
-            "per_layer_config": {
-                str(i): {
-                    "num_attention_heads": widths.num_attention_heads,
-                    "num_key_value_heads": widths.num_key_value_heads,
-                    "intermediate_size": widths.intermediate_size,
-                }
-                for i, widths in enumerate(layers)
-            },
-        }
-        return new, False
+        new |= widest(layers)
+        title = str(config["model_type"]).capitalize()
+        return per_layer(new, layers, title=title, module="modeling_pruned_llama"), False
 
     def model_class(self, config: Config) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
         """Return the transformers classes, or ours for layers of different widths."""

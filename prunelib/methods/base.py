@@ -46,7 +46,7 @@ class ScoringInputs:
     @property
     def layer_count(self) -> int:
         """Number of layers of the unpruned model."""
-        return int(self.config["num_hidden_layers"])
+        return self.family.dimensions(self.config).layers
 
 
 @dataclass(frozen=True, kw_only=True)

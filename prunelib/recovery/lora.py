@@ -41,7 +41,6 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-LLAMA_LINEARS = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 # What a recipe may name instead of a model family's own modules.
 ROLES = ("attention", "mlp")
 _LOG_SECONDS = 10.0
@@ -80,7 +79,7 @@ class LoraRecipe:
     r: int = 8
     alpha: int = 16
     dropout: float = 0.05
-    targets: tuple[str, ...] = LLAMA_LINEARS
+    targets: tuple[str, ...] = ROLES
     lr: float = 1e-4
     batch: int = 64
     micro_batch: int = 4
@@ -458,11 +457,13 @@ def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
     import torch
     from peft import LoraConfig, get_peft_model
 
-    head = model.get_output_embeddings()
+    from prunelib.checkpoint import family_of_config
+
+    layers = family_of_config(model.config.to_dict()).layers(model)
     linears = {
         name.rpartition(".")[2]
-        for name, module in model.named_modules()
-        if isinstance(module, torch.nn.Linear) and module is not head
+        for name, module in layers.named_modules()
+        if isinstance(module, torch.nn.Linear)
     }
     targets = linear_targets(recipe, model.config.to_dict())
     missing = [target for target in targets if target not in linears]
