@@ -9,7 +9,24 @@ from typing import Any
 import pytest
 from slurm_cluster import report_missed
 
-# Heads that divide the hidden size and heads that do not, grouped, multi-head and single-kv.
+LLAMA_LIKE = {
+    "num_hidden_layers": 4,
+    "head_dim": 8,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.2,
+}
+OPT = {
+    "model_type": "opt",
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "ffn_dim": 40,
+    "max_position_embeddings": 64,
+    "init_std": 0.2,
+}
+
+# Heads that divide the hidden size and heads that do not, grouped, multi-head and single-kv;
+# with and without biases; norms before and after; numbers of heads that are no powers of two.
 TINY: dict[str, dict[str, Any]] = {
     "llama": {"model_type": "llama", "num_attention_heads": 6, "num_key_value_heads": 3},
     "llama-mha": {"model_type": "llama", "num_attention_heads": 4, "num_key_value_heads": 4},
@@ -47,21 +64,29 @@ TINY: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 3,
         "tie_word_embeddings": True,
     },
+    "opt": OPT,
+    # As opt-350m: norms after the sums, an embedding narrower than the layers.
+    "opt-post-norm": OPT | {"do_layer_norm_before": False, "word_embed_proj_dim": 32},
+    "opt-bare": OPT
+    | {
+        "enable_bias": False,
+        "layer_norm_elementwise_affine": False,
+        "tie_word_embeddings": False,
+        "_remove_final_layer_norm": True,
+    },
 }
 
 
 def tiny_config(name: str) -> dict[str, Any]:
+    own = TINY[name]
     return {
         "hidden_size": 48,
-        "head_dim": 8,
-        "intermediate_size": 40,
-        "num_hidden_layers": 4,
         "vocab_size": 97,
-        "max_position_embeddings": 64,
-        "initializer_range": 0.2,
+        "pad_token_id": 0,
         "bos_token_id": 1,
         "eos_token_id": 2,
-        **TINY[name],
+        **({} if own["model_type"] in ("opt", "bloom") else LLAMA_LIKE),
+        **own,
     }
 
 
@@ -70,11 +95,9 @@ def tiny_model(name: str, seed: int = 0) -> Any:
     import torch
     import transformers
 
-    settings = tiny_config(name)
-    title = settings.pop("model_type").capitalize()
     torch.manual_seed(seed)
-    config = getattr(transformers, f"{title}Config")(**settings)
-    model = getattr(transformers, f"{title}ForCausalLM")(config).eval()
+    config = transformers.AutoConfig.for_model(**tiny_config(name))
+    model = transformers.AutoModelForCausalLM.from_config(config).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.ndim == 1:

@@ -7,6 +7,7 @@ without cache, and a checkpoint gives them again wherever it is loaded.
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -16,7 +17,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import transformers
 from conftest import TINY, tiny_config, tiny_model
+from safetensors.torch import save_file
 
 from prunelib import checkpoint
 from prunelib.data.tokenizer import load_tokenizer
@@ -33,8 +36,24 @@ KINDS = {
     "query slots": ("query_slot",),
     "channels": ("mlp_channel",),
     "both": ("kv_group", "mlp_channel"),
+    "slots and channels": ("query_slot", "mlp_channel"),
     "all three": ("kv_group", "query_slot", "mlp_channel"),
 }
+SHAPES = ("uniform", "per layer", "protected", "blocks")
+# A block of zeros is not the identity there.
+POST_NORM = ("opt-post-norm",)
+
+
+def suite() -> list[Any]:
+    """Every tiny model with all the unit kinds that its family has, in every shape of a plan."""
+    return [
+        pytest.param(name, kinds, shape, id=f"{name}-{label}-{shape}")
+        for name in TINY
+        for label, kinds in KINDS.items()
+        for shape in SHAPES
+        if set(kinds) <= set(family_of(tiny_config(name)).units(tiny_config(name)))
+        and not (shape == "blocks" and name in POST_NORM)
+    ]
 
 
 def random_plan(config: dict[str, Any], kinds: tuple[str, ...], *, shape: str, seed: int) -> Plan:
@@ -42,7 +61,7 @@ def random_plan(config: dict[str, Any], kinds: tuple[str, ...], *, shape: str, s
     family = family_of(config)
     rng = np.random.default_rng(seed)
     units = {kind: family.kind(config, kind).count for kind in kinds}
-    layers = int(config["num_hidden_layers"])
+    layers = family.dimensions(config).layers
     kept: list[dict[str, tuple[int, ...]] | None] = []
     for layer in range(layers):
         widths = {}
@@ -98,9 +117,7 @@ def with_cache(model: Any, ids: torch.Tensor) -> torch.Tensor:
     return torch.cat(logits, 1)
 
 
-@pytest.mark.parametrize("shape", ["uniform", "per layer", "protected", "blocks"])
-@pytest.mark.parametrize("kinds", KINDS.values(), ids=KINDS)
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(("name", "kinds", "shape"), suite())
 def test_logits_equal(name: str, kinds: tuple[str, ...], shape: str) -> None:
     config = tiny_model(name).config.to_dict()
     plan = random_plan(config, kinds, shape=shape, seed=7)
@@ -122,6 +139,11 @@ def test_logits_equal(name: str, kinds: tuple[str, ...], shape: str) -> None:
         assert relative_difference(expected, dense(ids).logits) > 1e-3, "nothing was masked"
 
 
+# All architectures, and the variants that store other tensors.
+FRESH = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt", "opt-post-norm")
+# Stock OPT has no width of a head of its own.
+NOT_STOCK = {("opt", "uniform"), ("opt-post-norm", "uniform")}
+
 LOADER = """
 import sys, json, torch
 sys.modules["prunelib"] = None
@@ -136,9 +158,14 @@ for directory, remote in json.loads(sys.argv[1]).items():
         logits = model(ids).logits
         greedy = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=True)
         slow = model.generate(ids, max_new_tokens=6, do_sample=False, use_cache=False)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        padded = model.generate(ids, attention_mask=mask, max_new_tokens=6, do_sample=False)
+        alone = model.generate(ids[:1, 3:], max_new_tokens=6, do_sample=False)
     AutoTokenizer.from_pretrained(directory, trust_remote_code=remote)("words")
     answers[directory] = [logits.contiguous().view(torch.int32).tolist(),
-                          bool((greedy == slow).all())]
+                          bool((greedy == slow).all()),
+                          padded[0, 3:].tolist() == alone[0].tolist()]
 print("ANSWER" + json.dumps(answers))
 """
 
@@ -161,22 +188,72 @@ def load_in_a_fresh_interpreter(directories: dict[str, bool]) -> dict[str, Any]:
 def test_loads_in_a_fresh_interpreter(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     remote, bits = {}, {}
     ids = torch.arange(3, 19).view(2, 8)
-    for name in ("llama", "llama-bias", "mistral", "qwen2", "qwen3"):
+    for name in FRESH:
         for shape in ("uniform", "protected", "blocks"):
             source, out = tiny_checkpoint(name), tmp_path / f"{name}-{shape}"
             config = checkpoint.read_config(source)
             plan = random_plan(config, ("kv_group", "mlp_channel"), shape=shape, seed=3)
             checkpoint.prune_checkpoint(source, plan, out)
-            stock = tmp_path / f"{name}-{shape}-stock"
-            checkpoint.export_stock(out, config, stock)
             remote[str(out)] = "auto_map" in checkpoint.read_config(out)
-            remote[str(stock)] = False
-            assert remote[str(out)] == (shape == "protected")
-            for directory in (out, stock):
+            assert remote[str(out)] == (shape == "protected" or (name, shape) in NOT_STOCK)
+            stock = tmp_path / f"{name}-{shape}-stock"
+            if not (shape == "blocks" and name in POST_NORM):
+                checkpoint.export_stock(out, config, stock)
+                remote[str(stock)] = False
+            for directory in (out, stock) if stock.exists() else (out,):
                 with torch.inference_mode():
                     logits = checkpoint.load_model(directory)(ids).logits
-                bits[str(directory)] = [logits.contiguous().view(torch.int32).tolist(), True]
+                exact = logits.contiguous().view(torch.int32).tolist()
+                bits[str(directory)] = [exact, True, True]
     assert load_in_a_fresh_interpreter(remote) == bits
+
+
+def test_uniform_channels_of_opt_are_stock() -> None:
+    config = tiny_model("opt").config.to_dict()
+    plan = random_plan(config, ("mlp_channel",), shape="uniform", seed=3)
+    new, stock = pruned_config(family_of(config), config, plan)
+    assert stock
+    assert (new["model_type"], new["ffn_dim"]) == ("opt", 20)
+
+
+def test_blocks_of_a_post_norm_model(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
+    """Removing a block skips it; zeros would not, and are refused."""
+    source, out = tiny_checkpoint("opt-post-norm"), tmp_path / "pruned"
+    config = checkpoint.read_config(source)
+    plan = random_plan(config, ("kv_group",), shape="blocks", seed=3)
+    checkpoint.prune_checkpoint(source, plan, out)
+    reference = tiny_model("opt-post-norm")
+    del reference.model.decoder.layers[1]
+    ids = torch.arange(3, 19).view(2, 8)
+    with torch.inference_mode():
+        expected = reference(ids, use_cache=False).logits
+        assert relative_difference(checkpoint.load_model(out)(ids).logits, expected) < 1e-5
+    with pytest.raises(InputError, match="cannot be written as zeros"):
+        checkpoint.export_stock(out, config, tmp_path / "stock")
+    with pytest.raises(InputError, match="cannot be written as zeros"):
+        masked("opt-post-norm", config, plan)
+
+
+@pytest.mark.parametrize(("name", "prefix"), [("opt", "model."), ("llama", "model.")])
+def test_weights_saved_from_the_body_alone(
+    name: str, prefix: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """Published OPT and BLOOM weights lack the prefix of the body; transformers adds it, too."""
+    source, body = tiny_checkpoint(name), tmp_path / "body"
+    shutil.copytree(source, body)
+    tensors = {key.removeprefix(prefix): value for key, value in checkpoint.read_tensors(source)}
+    save_file(tensors, body / "model.safetensors", metadata={"format": "pt"})
+    config = checkpoint.read_config(source)
+    plan = random_plan(config, ("kv_group", "mlp_channel"), shape="per layer", seed=3)
+    for directory in (source, body):
+        checkpoint.prune_checkpoint(directory, plan, tmp_path / f"pruned-{directory.name}")
+    ours, bodys = (tmp_path / f"pruned-{directory.name}" for directory in (source, body))
+    a, b = (dict(checkpoint.read_tensors(directory)) for directory in (ours, bodys))
+    assert a.keys() == b.keys()
+    assert all(torch.equal(a[key], b[key]) for key in a)
+    reader = checkpoint.WeightReader(body)
+    key = next(iter(a))
+    assert torch.equal(reader(key), checkpoint.WeightReader(source)(key))
 
 
 def test_export_stock_pads_to_the_original_widths(
@@ -248,8 +325,9 @@ def test_a_shard_outside_the_directory_is_refused(
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"model_type": "mixtral"}, "'mixtral' is not supported; supported"),
-        ({"hidden_size": "many"}, "not a valid LlamaConfig"),
+        ({"model_type": "gptj"}, "'gptj' is not supported; supported"),
+        ({"hidden_size": "many"}, "not a valid llama config"),
+        ({"rms_norm_eps": "small"}, "not a valid LlamaConfig"),
         ({"num_key_value_heads": 4}, "not a multiple of num_key_value_heads 4"),
     ],
 )
@@ -281,3 +359,28 @@ def test_tiny_config_is_what_was_asked_for() -> None:
         assert family_of(config).parameters(config) == sum(
             p.numel() for p in tiny_model(name).parameters()
         )
+
+
+@pytest.mark.parametrize(
+    ("model_type", "reason"),
+    [
+        ("mixtral", "mixture of experts"),
+        ("qwen3_moe", "mixture of experts"),
+        ("dbrx", "mixture of experts"),
+        ("deepseek_v3", "mixture of experts, latent attention"),
+        ("mamba", "state space"),
+        ("mamba2", "state space"),
+        ("falcon_mamba", "state space"),
+        ("jamba", "mixture of experts, state space"),
+    ],
+)
+def test_an_unsupported_architecture_is_refused_with_its_reason(
+    model_type: str, reason: str
+) -> None:
+    config = transformers.AutoConfig.for_model(model_type).to_dict()
+    with pytest.raises(InputError) as caught:
+        family_of(config)
+    message = str(caught.value)
+    assert message.startswith(f"architecture {model_type!r} is not supported ({reason}); supported")
+    assert "\n" not in message
+    assert "pruned_" not in message
