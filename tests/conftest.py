@@ -24,6 +24,7 @@ OPT = {
     "max_position_embeddings": 64,
     "init_std": 0.2,
 }
+BLOOM = {"model_type": "bloom", "n_layer": 4, "n_head": 6, "initializer_range": 0.2}
 
 # Heads that divide the hidden size and heads that do not, grouped, multi-head and single-kv;
 # with and without biases; norms before and after; numbers of heads that are no powers of two.
@@ -74,6 +75,8 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "_remove_final_layer_norm": True,
     },
+    "bloom": BLOOM,
+    "bloom-8": BLOOM | {"n_head": 8, "tie_word_embeddings": False},
 }
 
 

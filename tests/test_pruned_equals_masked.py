@@ -140,9 +140,9 @@ def test_logits_equal(name: str, kinds: tuple[str, ...], shape: str) -> None:
 
 
 # All architectures, and the variants that store other tensors.
-FRESH = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt", "opt-post-norm")
-# Stock OPT has no width of a head of its own.
-NOT_STOCK = {("opt", "uniform"), ("opt-post-norm", "uniform")}
+FRESH = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt", "opt-post-norm", "bloom")
+# Stock OPT has no width of a head of its own, stock BLOOM neither that nor one of the MLP.
+NOT_STOCK = {("opt", "uniform"), ("opt-post-norm", "uniform"), ("bloom", "uniform")}
 
 LOADER = """
 import sys, json, torch
@@ -216,6 +216,61 @@ def test_uniform_channels_of_opt_are_stock() -> None:
     assert (new["model_type"], new["ffn_dim"]) == ("opt", 20)
 
 
+@pytest.mark.parametrize("shape", SHAPES)
+def test_published_field_names_of_bloom(
+    shape: str, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    """The repositories' config.json says n_embed and num_attention_heads."""
+    source, published = tiny_checkpoint("bloom"), tmp_path / "published"
+    shutil.copytree(source, published)
+    config = checkpoint.read_config(source)
+    renamed = {"n_head": "num_attention_heads", "hidden_size": "n_embed"}
+    old = {renamed.get(key, key): value for key, value in config.items()}
+    del old["tie_word_embeddings"]
+    (published / "config.json").write_text(json.dumps(old))
+    plan = random_plan(config, ("kv_group", "mlp_channel"), shape=shape, seed=3)
+    ids, logits = torch.arange(3, 19).view(2, 8), []
+    for directory in (source, published):
+        out = tmp_path / f"pruned-{directory.name}"
+        checkpoint.prune_checkpoint(directory, plan, out)
+        with torch.inference_mode():
+            logits.append(checkpoint.load_model(out)(ids).logits)
+    assert torch.equal(*logits)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+@pytest.mark.parametrize("name", ["bloom", "bloom-8"])
+def test_kept_heads_keep_their_alibi_slopes(name: str, padded: bool) -> None:
+    """Every kept head attends as it did in the whole model; slopes of fewer heads would not do."""
+    config = tiny_model(name).config.to_dict()
+    family = family_of(config)
+    count = family.dimensions(config).heads
+    for kept in (tuple(range(1, count)), (1, 2, 4), (count - 1,)):
+        kinds = {"kv_group": kept}
+        plan = Plan(
+            family.name,
+            "bloom",
+            (kinds,) * 4,
+            {"kv_group": count},
+            (
+                family.parameters(config),
+                remaining_parameters(family, config, [kinds] * 4),
+            ),
+        )
+        small, whole = pruned(name, config, plan), tiny_model(name)
+        ids = torch.arange(3, 19).view(2, 8)
+        mask = torch.ones_like(ids)
+        mask[0, :3] = 0
+        with torch.inference_mode():
+            arguments = {"attention_mask": mask if padded else None, "output_attentions": True}
+            # Only the first layer sees the same hidden states in both models.
+            expected = whole(ids, **arguments).attentions[0][:, list(kept)]
+            found = small(ids, **arguments).attentions[0]
+            first = whole(ids, **arguments).attentions[0][:, : len(kept)]
+        assert relative_difference(found, expected) < 1e-5
+        assert relative_difference(found, first) > 1e-2, "slopes make no difference here"
+
+
 def test_blocks_of_a_post_norm_model(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     """Removing a block skips it; zeros would not, and are refused."""
     source, out = tiny_checkpoint("opt-post-norm"), tmp_path / "pruned"
@@ -234,7 +289,7 @@ def test_blocks_of_a_post_norm_model(tiny_checkpoint: Checkpoints, tmp_path: Pat
         masked("opt-post-norm", config, plan)
 
 
-@pytest.mark.parametrize(("name", "prefix"), [("opt", "model."), ("llama", "model.")])
+@pytest.mark.parametrize(("name", "prefix"), [("opt", "model."), ("bloom", "transformer.")])
 def test_weights_saved_from_the_body_alone(
     name: str, prefix: str, tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:

@@ -191,6 +191,24 @@ def test_a_non_finite_pass_names_the_layer() -> None:
         gradients.collect(model, family_of(config), config, WINDOWS, 6)
 
 
+def test_a_fused_head_s_value_rows_and_output_columns_agree() -> None:
+    """The values of head h are the last third of its rows; no other layout satisfies this."""
+    config, model = tiny_config("bloom"), tiny_model("bloom")
+    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    kind = family_of(config).kind(config, "kv_group")
+    owners = {part.parameter: part.owner for part in kind.slices}
+    for layer in range(4):
+        fused = _sums(found, layer, "self_attention.query_key_value", "rows").numpy()
+        values = np.arange(3 * 48) % (3 * 8) >= 2 * 8
+        owner = owners["self_attention.query_key_value.weight"]
+        right = fold(np.where(values, fused, 0), owner, 6)
+        columns = _sums(found, layer, "self_attention.dense", "columns").numpy()
+        expected = fold(columns, owners["self_attention.dense.weight"], 6)
+        assert right == pytest.approx(expected, abs=2e-6 + 2e-4 * np.abs(expected).max())
+        wrong = fold(np.where(np.arange(3 * 48) >= 2 * 48, fused, 0), np.arange(3 * 48) // 8 % 6, 6)
+        assert np.abs(wrong - expected).max() > 20 * np.abs(right - expected).max()
+
+
 # ------------------------------------------------------------ criteria, by hand
 
 
