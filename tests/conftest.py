@@ -75,6 +75,15 @@ TINY: dict[str, dict[str, Any]] = {
         "tie_word_embeddings": False,
         "_remove_final_layer_norm": True,
     },
+    # Two kv heads for eight query heads, as GLM-4; the heads are wider than the residual stream.
+    "glm": {"model_type": "glm", "num_attention_heads": 8, "num_key_value_heads": 2},
+    "glm-tied": {
+        "model_type": "glm",
+        "num_attention_heads": 6,
+        "num_key_value_heads": 3,
+        "attention_bias": False,
+        "tie_word_embeddings": True,
+    },
     "bloom": BLOOM,
     "bloom-8": BLOOM | {"n_head": 8, "tie_word_embeddings": False},
 }

@@ -42,6 +42,7 @@ from workflow_scripts import (
 FAMILIES = {
     "llama": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
     "bloom": {"query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"},
+    "glm": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
     "opt": {"q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"},
 }
 RUN = {"device": "cpu", "dtype": "float32", "threads": 1}
@@ -207,7 +208,12 @@ def test_catalogue_geometries_count_as_transformers_does(name: str) -> None:
 # Kept of 32 heads and of all channels at a group ratio of a quarter, layers 4 to the last but two.
 @pytest.mark.parametrize(
     ("name", "heads", "channels"),
-    [("llama-7b", 24, 8256), ("opt-6.7b", 24, 12288), ("bloom-7b1", 24, 12288)],
+    [
+        ("llama-7b", 24, 8256),
+        ("opt-6.7b", 24, 12288),
+        ("bloom-7b1", 24, 12288),
+        ("glm-4-9b", 2, 10272),
+    ],
 )
 def test_the_plan_s_count_is_that_of_the_model_built_from_it(
     name: str, heads: int, channels: int

@@ -140,7 +140,7 @@ def test_logits_equal(name: str, kinds: tuple[str, ...], shape: str) -> None:
 
 
 # All architectures, and the variants that store other tensors.
-FRESH = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt", "opt-post-norm", "bloom")
+FRESH = ("llama", "llama-bias", "mistral", "qwen2", "qwen3", "opt", "opt-post-norm", "bloom", "glm")
 # Stock OPT has no width of a head of its own, stock BLOOM neither that nor one of the MLP.
 NOT_STOCK = {("opt", "uniform"), ("opt-post-norm", "uniform"), ("bloom", "uniform")}
 

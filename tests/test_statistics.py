@@ -126,7 +126,7 @@ def test_a_relu_channel_s_rows_and_columns_agree(name: str) -> None:
             assert np.abs(sums[0]).max() > 1e-4
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-mha", "llama-bias", "qwen2", "qwen3", "glm"])
 def test_value_rows_and_output_columns_agree_per_kv_group(name: str) -> None:
     """An identity that needs no reference: scaling v up and o down changes nothing.
 
@@ -189,6 +189,22 @@ def test_a_non_finite_pass_names_the_layer() -> None:
         activations.collect(model, family_of(config), config, WINDOWS, 6)
     with pytest.raises(NonFiniteError, match="loss is nan"):
         gradients.collect(model, family_of(config), config, WINDOWS, 6)
+
+
+def test_a_fused_channel_s_up_row_and_down_column_agree() -> None:
+    """Row i of the second half is the up row of channel i: scaling it scales the down column."""
+    config, model = tiny_config("glm"), tiny_model("glm")
+    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    kind = family_of(config).kind(config, "mlp_channel")
+    owners = {part.parameter: part.owner for part in kind.slices}
+    for layer in range(4):
+        fused = _sums(found, layer, "mlp.gate_up_proj", "rows").numpy()
+        up = np.where(np.arange(80) >= 40, fused, 0)
+        expected = _sums(found, layer, "mlp.down_proj", "columns").numpy()
+        right = fold(up, owners["mlp.gate_up_proj.weight"], 40)
+        assert right == pytest.approx(expected, abs=2e-6 + 2e-4 * np.abs(expected).max())
+        wrong = fold(up, np.arange(80) // 2, 40)
+        assert np.abs(wrong - expected).max() > 20 * np.abs(right - expected).max()
 
 
 def test_a_fused_head_s_value_rows_and_output_columns_agree() -> None:
