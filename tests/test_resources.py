@@ -116,6 +116,28 @@ def test_work_of_instruction_recovery_by_hand(cluster: Cluster) -> None:
     assert seconds(eval_every=100) - seconds() == pytest.approx(16 * 2000 * flops / rate)
 
 
+@pytest.mark.parametrize(
+    ("name", "cache_bytes", "adapter", "scores"),
+    [
+        # 2 x layers x kv width x 2048 tokens x 2 B; r (in + out), r = 8, of all linear maps:
+        # 8 x (4 x 8192 + 2 x 20480) x 32
+        ("opt-6.7b", 1_073_741_824, 18_874_368, 0),
+        # 8 x (16384 + 8192 + 2 x 20480) x 30; 32 heads x 2048 keys x 10 B, beyond the MLP's 32 x
+        # 4096 B
+        ("bloom-7b1", 1_006_632_960, 15_728_640, 32 * 2048 * 10 - 4 * 16384 * 2),
+        # 8 x (2 x 8192 + 2 x 4352 + 31488 + 17792) x 40
+        ("glm-4-9b", 83_886_080, 23_797_760, 0),
+    ],
+)
+def test_model_sizes_of_other_architectures_by_hand(
+    name: str, cache_bytes: int, adapter: int, scores: int
+) -> None:
+    model = resources._model_of_geometry((CONFIG / "models" / f"{name}.json").read_text())
+    assert model.kv_cache_bytes(2048, 2) == cache_bytes
+    assert model.lora_parameters(LoraRecipe()) == adapter
+    assert model.forward_token_bytes(2, 2048) - model.forward_token_bytes(2, 0) == scores
+
+
 def test_decoding_needs_weights_and_cache(cluster: Cluster) -> None:
     node = dense("efficiency", "llama-7b", batch=4, length=200, new_tokens=1848)
     need = request(node, cluster).gpu_mem_mb * MIB

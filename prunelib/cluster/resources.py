@@ -102,6 +102,7 @@ class Model:
         positions: longest sequence.
         dtype: of the stored weights.
         heads: number of query heads.
+        plain_attention: whether the scores of all pairs of positions exist at once.
         linears: (outputs, inputs) of a layer's linear maps, by the last part of their names.
         roles: names of the linear maps of the attention and of the MLP.
     """
@@ -118,6 +119,7 @@ class Model:
     positions: int
     dtype: str
     heads: int
+    plain_attention: bool
     linears: Mapping[str, tuple[int, int]]
     roles: Mapping[str, tuple[str, ...]]
 
@@ -144,22 +146,32 @@ class Model:
         """Return the adapters' parameters: ``r (inputs + outputs)`` per target."""
         return recipe.r * self.layers * sum(map(sum, self.lora_targets(recipe)))
 
-    def forward_token_bytes(self, item: int) -> int:
+    def score_token_bytes(self, item: int, keys: int) -> int:
+        """Return what one token's attention scores over ``keys`` positions take, if they exist.
+
+        Scores, scores with the mask, their fp32 softmax and its copy in ``item``.
+        """
+        return self.heads * keys * (3 * item + 4) if self.plain_attention else 0
+
+    def forward_token_bytes(self, item: int, keys: int) -> int:
         """Return what one token holds at the widest place of a layer's forward pass.
 
         The residual stream, its normalised copy and two temporaries; gate, up, activation and
-        their product.
+        their product, or the attention scores.
         """
-        return item * 4 * (self.hidden + max(self.inner, self.attention))
+        widest = item * 4 * max(self.inner, self.attention)
+        return item * 4 * self.hidden + max(widest, self.score_token_bytes(item, keys))
 
-    def graph_token_bytes(self, item: int) -> int:
+    def graph_token_bytes(self, item: int, keys: int) -> int:
         """Return what one layer keeps of one token for its backward pass.
 
         Both norms (fp32 input and normalised copy, output in ``item``); q, k, v with k and v
-        repeated per query head, attention output and its copy; gate, up, activation, product.
+        repeated per query head, attention output and its copy; gate, up, activation, product;
+        attention scores.
         """
         norms = 2 * self.hidden * (2 * 4 + item)
-        return norms + item * (5 * self.attention + 4 * self.inner)
+        linears = item * (5 * self.attention + 4 * self.inner)
+        return norms + linears + self.score_token_bytes(item, keys)
 
     def flops(self, parameters: int) -> float:
         """Return the FLOPs of one token's forward pass through ``parameters`` weights.
@@ -214,6 +226,7 @@ def _model_of_geometry(text: str) -> Model:
         positions=size.positions or 1 << 30,
         dtype=stored if stored in ITEM_BYTES else "float32",
         heads=size.heads,
+        plain_attention=family.plain_attention,
         linears={
             name.removesuffix(".weight").rpartition(".")[2]: (shape[0], shape[1])
             for name, shape in family.layer_shapes(geometry).items()
@@ -416,7 +429,8 @@ def _statistics(case: _Case) -> Work:
         sums = 8 + widened if fisher else item + widened if batches > 1 else 0
         layer = model.block * (item + sums) + model.largest * 4
         # A recomputed layer beside the kept graphs, and the gradients of its intermediates.
-        backward = batch * (model.graph_token_bytes(item) + item * 4 * (model.hidden + model.inner))
+        gradients = item * 4 * (model.hidden + model.inner) + model.score_token_bytes(item, length)
+        backward = batch * (model.graph_token_bytes(item, length) + gradients)
         device += (
             Term(
                 f"inputs of {model.layers} layers x {tokens:,} tokens x {model.hidden} x {item} B",
@@ -441,7 +455,7 @@ def _statistics(case: _Case) -> Work:
         device += (
             Term(
                 f"a layer's forward pass over {batch:,} tokens",
-                batch * (model.forward_token_bytes(item) + hooks),
+                batch * (model.forward_token_bytes(item, length) + hooks),
             ),
         )
         if not case.on_gpu:
@@ -508,7 +522,7 @@ def _recover(case: _Case) -> Work:
     mask = 1 if case.on_gpu else 4
     copies = (item + mask) if recipe.dropout else (item if item == 2 else 0)
     inputs = sum(columns for _, columns in model.lora_targets(recipe))
-    graphs = batch * model.layers * (model.graph_token_bytes(item) + copies * inputs)
+    graphs = batch * model.layers * (model.graph_token_bytes(item, recipe.length) + copies * inputs)
     # Logits, their exponentials and, below fp32, a copy in each dtype.
     logits = LOSS_CHUNK * model.vocabulary * (8 if item == 4 else 12)
     # Weight, gradient and two moments; the best weights so far.
@@ -587,7 +601,7 @@ def _perplexity(case: _Case) -> Work:
     device += (
         Term(
             f"a layer's forward pass over {batch:,} tokens",
-            batch * (model.forward_token_bytes(item) + extra),
+            batch * (model.forward_token_bytes(item, window) + extra),
         ),
         Term(f"blocks of {block:,} logits", batch * block * entry),
     )
@@ -612,7 +626,7 @@ def _tasks(case: _Case) -> Work:
     device += (
         Term(f"logits of {batch:,} tokens x {model.vocabulary:,}, twice", batch * logits),
         Term("key-value cache", model.kv_cache_bytes(batch, item), estimated=False),
-        Term("a layer's forward pass", batch * (model.forward_token_bytes(item) + extra)),
+        Term("a layer's forward pass", batch * (model.forward_token_bytes(item, longest) + extra)),
     )
     limit = case.node.params.get("limit") or math.inf
     requests = [(min(size.documents, limit) * size.choices, size.tokens) for size in sizes]
@@ -635,7 +649,7 @@ def _efficiency(case: _Case) -> Work:
     prompt = batch * length
     repeats = case.param("warmup") + case.param("repeats")
     # MACs are counted on plain attention: scores and their fp32 softmax over all positions.
-    scores = model.heads * length * (item + 4)
+    scores = max(model.heads * length * (item + 4), model.score_token_bytes(item, length))
     device += (
         Term(
             f"key-value cache of {batch} x {length + new:,} tokens",
@@ -644,7 +658,7 @@ def _efficiency(case: _Case) -> Work:
         ),
         Term(
             f"a layer's forward pass over {prompt:,} tokens",
-            prompt * (model.forward_token_bytes(item) + extra + scores),
+            prompt * (model.forward_token_bytes(item, 0) + extra + scores),
         ),
         Term(f"logits of {prompt:,} tokens", prompt * model.vocabulary * item),
     )

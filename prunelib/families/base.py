@@ -176,6 +176,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     layer_prefix: ClassVar[str]
+    # Whether transformers' code of it always forms the scores of all pairs of positions.
+    plain_attention: ClassVar[bool] = False
 
     @abstractmethod
     def check(self, config: Config) -> None:

@@ -55,6 +55,7 @@ class BloomFamily(Family):
 
     name = "bloom"
     layer_prefix = "transformer.h"
+    plain_attention = True
 
     def check(self, config: Config) -> None:
         """Refuse what the modelling file does not compute."""
