@@ -19,8 +19,10 @@ from test_pruned_equals_masked import pruned, random_plan, relative_difference
 from tiny_project import ROOT
 
 from prunelib.checkpoint import build_model, load_model, read_config, read_tensors
+from prunelib.errors import InputError
 from prunelib.evaluation.efficiency import count_macs
 from prunelib.families import family_of
+from prunelib.methods import create
 from prunelib.plan import Plan
 from prunelib.provenance import artefact
 from prunelib.provenance.step import StepRequest
@@ -62,11 +64,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return directory
 
 
-@pytest.mark.parametrize("method", ["llm_pruner", "wanda_sp", "shortgpt"])
-@pytest.mark.parametrize("name", FAMILIES)
+@pytest.mark.parametrize(
+    ("name", "method", "heads"),
+    [
+        *((name, "llm_pruner", "kv_group") for name in FAMILIES),
+        ("glm", "wanda_sp", "query_slot"),
+        *((name, "shortgpt", "kv_group") for name in FAMILIES),
+    ],
+)
 def test_every_step(
     name: str,
     method: str,
+    heads: str,
     tiny_checkpoint: Callable[[str], Path],
     text: Path,
     tmp_path: Path,
@@ -108,7 +117,7 @@ def test_every_step(
         )
         for which in ("activations", "gradients")
     }
-    chosen = {"method": method, "parameters": {}, "seed": 0}
+    chosen = {"method": method, "parameters": {"heads": heads}, "seed": 0}
     scores = step(score, "scores", chosen, model=model, **passes)
     assert all(
         array.isfinite().all() for array in load_file(scores / "scores.safetensors").values()
@@ -124,7 +133,7 @@ def test_every_step(
         sizes = family_of(config).units(config)
         kept = {kind: len(ids) for kind, ids in (plan.kept[1] or {}).items()}
         # LLM-Pruner's arithmetic: a third of the heads, whole ones only.
-        assert kept["kv_group"] == math.ceil(sizes["kv_group"].count * 0.66)
+        assert kept[heads] == math.ceil(sizes[heads].count * 0.66)
         assert kept["mlp_channel"] == math.floor(sizes["mlp_channel"].count * 0.66)
         assert {kind: len(ids) for kind, ids in (plan.kept[0] or {}).items()} == {
             kind: unit.count for kind, unit in sizes.items() if kind in kept
@@ -239,3 +248,30 @@ def test_the_plan_s_count_is_that_of_the_model_built_from_it(
     assert {key: tensor.shape for key, tensor in tensors} == {
         key: tensor.shape for key, tensor in small.state_dict().items()
     }
+
+
+@pytest.mark.parametrize("ratio", [0.1, 0.2, 0.25])
+def test_query_slots_reach_what_two_kv_heads_cannot(ratio: float) -> None:
+    geometry = json.loads((ROOT / "config" / "models" / "glm-4-9b.json").read_text())
+    family, target = family_of(geometry), Target("parameters", ratio, 1, 1)
+    heads = {}
+    for kind in ("kv_group", "query_slot"):
+        rule = create("random", {"heads": kind}).rule()
+        scores = {
+            name: [np.arange(family.kind(geometry, name).count, dtype=float)] * 40
+            for name in rule.kinds
+        }
+        plan = select(scores, family, geometry, target, rule, {})
+        assert plan.removed_ratio == pytest.approx(ratio, abs=1e-4)
+        kept = plan.kept[5] or {}
+        heads[kind] = len(kept[kind]) * 32 // family.kind(geometry, kind).count
+        channels = len(kept["mlp_channel"])
+    assert heads["kv_group"] == 32
+    # Heads and channels go by the same share, up to a slot and a half of sixteen.
+    assert heads["query_slot"] / 32 == pytest.approx(channels / 13696, abs=1.5 / 16)
+    assert heads["query_slot"] < 32
+
+
+def test_an_unknown_kind_of_heads_is_refused() -> None:
+    with pytest.raises(InputError, match="'head' is unknown; allowed: kv_group, query_slot"):
+        create("random", {"heads": "head"})

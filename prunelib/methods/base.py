@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, ClassVar
 import numpy as np
 
 from prunelib.criteria.fold import Array
+from prunelib.errors import InputError
 from prunelib.selection import Rule, Scores
 
 if TYPE_CHECKING:
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
     from prunelib.families.base import Config, Family, UnitKind, UnitSlice
 
-WIDTH_KINDS = ("kv_group", "mlp_channel")
+HEAD_KINDS = ("kv_group", "query_slot")
 
 
 @dataclass(frozen=True, eq=False)
@@ -56,18 +57,19 @@ class Method(ABC):
     Attributes:
         ranking: ``local`` (per layer) or ``global`` (all layers together).
         round_to: kept MLP channels per layer are a multiple of this.
+        heads: what attention is pruned by: ``kv_group``, or ``query_slot`` for models whose few
+            kv heads allow nothing fine.
         statistics: passes over calibration data that the method needs; empty for data-free ones.
         seeded: whether scores depend on the seed even without calibration data.
-        kinds: unit kinds that it prunes; ``("block",)`` for depth pruning.
         title: name for tables.
         citation: BibTeX.
     """
 
     ranking: str = "local"
     round_to: int = 1
+    heads: str = "kv_group"
 
     seeded: ClassVar[bool] = False
-    kinds: ClassVar[tuple[str, ...]] = WIDTH_KINDS
     title: ClassVar[str]
     citation: ClassVar[str]
 
@@ -76,8 +78,15 @@ class Method(ABC):
         """A class attribute where hyper-parameters do not decide."""
         return ()
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """Unit kinds that it prunes, coarse before fine; ``("block",)`` for depth pruning."""
+        return (self.heads, "mlp_channel")
+
     def rule(self) -> Rule:
         """Return how this method's units are ranked; raises InputError on bad values."""
+        if self.heads not in HEAD_KINDS:
+            raise InputError(f"heads {self.heads!r} is unknown; allowed: {', '.join(HEAD_KINDS)}")
         return Rule(self.kinds, self.ranking, self.round_to)
 
     @abstractmethod
