@@ -25,7 +25,7 @@ def gpu() -> None:
         pytest.skip("no GPU is visible here")
 
 
-@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "qwen3"])
+@pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "qwen3", "opt", "bloom", "glm"])
 def test_statistics_agree(name: str) -> None:
     config = tiny_config(name)
     for module in (activations, gradients, fisher):
