@@ -525,7 +525,10 @@ def test_families_tell_attention_from_mlp(name):
         (("attention",), {"q_proj", "k_proj", "v_proj", "o_proj"}),
         (("mlp",), {"gate_proj", "up_proj", "down_proj"}),
         (("mlp", "q_proj"), {"gate_proj", "up_proj", "down_proj", "q_proj"}),
-        (("attention", "mlp"), set(lora.LLAMA_LINEARS)),
+        (
+            ("attention", "mlp"),
+            {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"},
+        ),
     ],
 )
 def test_roles_name_linears(targets, names, tmp_path):
