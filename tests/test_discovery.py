@@ -262,7 +262,7 @@ def test_a_model_that_cannot_be_exported_is_refused_in_one_line() -> None:
 
 def has_family(name: str) -> bool:
     try:
-        return bool(family_module(CONFIGS[name][0]))
+        return bool(family_module({"model_type": CONFIGS[name][0]}))
     except InputError:
         return False
 
@@ -275,7 +275,7 @@ def test_families_declare_what_discovery_finds(name: str) -> None:
     found = found_in(name)
     for kind, expected in (("kv_group", HEAD), ("mlp_channel", CHANNEL)):
         declared = family.kind(config, kind)
-        for layer in range(config["num_hidden_layers"]):
+        for layer in range(family.dimensions(config).layers):
             for unit in range(declared.count):
                 slices = sorted(
                     (f"{family.layer_prefix}.{layer}.{part.parameter}", part.axis, tuple(

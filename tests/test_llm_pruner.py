@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -60,6 +61,9 @@ MEMBERS = {
 
 class TwoLayers:
     """A family of one kind; all that scoring asks for."""
+
+    def dimensions(self, config: Any) -> Any:
+        return SimpleNamespace(layers=1)
 
     def kind(self, config: Any, name: str) -> UnitKind:
         assert name == "mlp_channel"
@@ -233,8 +237,11 @@ def test_members_are_declared_in_the_order_of_execution(name: str) -> None:
     for kind in family.units(config).values():
         declared = [parts[0].parameter.rpartition(".")[0] for parts in members(kind)]
         assert declared == [path for path in executed if path in declared]
-        last = "mlp.down_proj" if kind.name == "mlp_channel" else "self_attn.o_proj"
-        assert declared[-1] == last
+        outputs = {
+            "bloom": ("mlp.dense_4h_to_h", "self_attention.dense"),
+            "opt": ("fc2", "self_attn.out_proj"),
+        }.get(config["model_type"], ("mlp.down_proj", "self_attn.o_proj"))
+        assert declared[-1] == outputs[kind.name != "mlp_channel"]
         assert all(len({len(part.owner) for part in parts}) == 1 for parts in members(kind))
 
 

@@ -162,12 +162,11 @@ def linear_targets(recipe: LoraRecipe, config: Config) -> tuple[str, ...]:
     """
     if not set(ROLES) & set(recipe.targets):
         return recipe.targets
-    from prunelib.checkpoint import unpruned_config
-    from prunelib.families import family_of
+    from prunelib.checkpoint import family_of_config, unpruned_config
 
     # Every layer has the same modules, whatever their widths.
-    plain = unpruned_config(dict(config)) | {"per_layer_config": None}
-    family = family_of(plain)
+    plain = unpruned_config(dict(config))
+    family = family_of_config(plain)
     names: list[str] = []
     for target in recipe.targets:
         names += family.linears(plain, target) if target in ROLES else (target,)
