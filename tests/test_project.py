@@ -14,7 +14,7 @@ from tiny_project import ROOT
 LAYERS = [
     ["errors", "device", "provenance"],
     ["data"],
-    ["plan", "families"],
+    ["plan", "families", "discovery"],
     ["surgery"],
     ["checkpoint"],
     ["statistics"],
