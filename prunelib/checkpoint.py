@@ -20,7 +20,7 @@ from prunelib.families import family_of
 from prunelib.plan import FILE_NAME as PLAN_FILE
 from prunelib.plan import Plan
 from prunelib.provenance import artefact
-from prunelib.surgery import pad_tensors, prune_tensors, pruned_config
+from prunelib.surgery import HEAD, pad_tensors, prune_tensors, pruned_config
 
 if TYPE_CHECKING:
     import torch
@@ -40,7 +40,7 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
 )
-TIED_NAMES = ("lm_head.weight",)
+TIED_NAMES = (HEAD,)
 
 
 def read_config(directory: Path) -> dict[str, Any]:

@@ -21,6 +21,7 @@ _KEYS = {
     "family",
     "model_type",
     "layers",
+    "kept",
     "removed_blocks",
     "original",
     "parameters",
@@ -37,10 +38,11 @@ class Plan:
         family: name of the model family.
         model_type: ``model_type`` of the model that the plan is for.
         kept: per original layer, the kept unit ids by kind (sorted), or None for a removed block.
-        units: number of units of each kind in an unpruned layer.
+        units: number of units of each kind in an unpruned layer, or in the whole model.
         parameters: total parameters before and after.
         target: what was asked for (kind, value, protected layers).
         produced_by: method, hyper-parameters, seed.
+        whole: the kept unit ids (sorted) of the kinds that run through the whole model.
     """
 
     family: str
@@ -50,16 +52,18 @@ class Plan:
     parameters: tuple[int, int]
     target: Mapping[str, Any] = field(default_factory=dict)
     produced_by: Mapping[str, Any] = field(default_factory=dict)
+    whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if all(layer is None for layer in self.kept):
             raise InputError("plan: every block is removed; at least one must stay")
         for index, layer in enumerate(self.kept):
             for kind, ids in (layer or {}).items():
-                self._check_units(index, kind, ids)
+                self._check_units(f"plan: layer {index}, {kind}", kind, ids)
+        for kind, ids in self.whole.items():
+            self._check_units(f"plan: {kind}", kind, ids)
 
-    def _check_units(self, index: int, kind: str, ids: tuple[int, ...]) -> None:
-        where = f"plan: layer {index}, {kind}"
+    def _check_units(self, where: str, kind: str, ids: tuple[int, ...]) -> None:
         if kind not in self.units:
             raise InputError(f"{where}: unknown kind; allowed: {', '.join(self.units)}")
         if not ids:
@@ -88,7 +92,9 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-serialisable data."""
         before, after = self.parameters
-        return {
+        # Left out where there is none, so that most plans read as they always did.
+        whole = {kind: list(ids) for kind, ids in self.whole.items()}
+        return ({"kept": whole} if whole else {}) | {
             "version": VERSION,
             "family": self.family,
             "model_type": self.model_type,
@@ -138,6 +144,7 @@ class Plan:
                 ),
                 target=dict(data["target"]),
                 produced_by=dict(data["produced_by"]),
+                whole={k: tuple(map(int, ids)) for k, ids in data.get("kept", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"plan: malformed ({type(error).__name__}: {error})") from error

@@ -13,12 +13,17 @@ from typing import TYPE_CHECKING, Any
 from prunelib.errors import InputError
 
 if TYPE_CHECKING:
+    import numpy as np
+    import numpy.typing as npt
     import torch
 
     from prunelib.families.base import Config, Family
     from prunelib.plan import Plan
 
 Kept = Sequence[Mapping[str, Sequence[int]] | None]
+
+# A tied head is stored by some checkpoints and named by every model; it is the embedding.
+HEAD = "lm_head.weight"
 
 
 def layer_of(name: str, prefix: str) -> tuple[int, str] | None:
@@ -29,23 +34,59 @@ def layer_of(name: str, prefix: str) -> tuple[int, str] | None:
     return int(index), rest
 
 
-def remaining_parameters(family: Family, config: Config, kept: Kept) -> int:
+def _positions(
+    family: Family, config: Config, kept: Kept, whole: Mapping[str, Sequence[int]]
+) -> dict[str, dict[int, npt.NDArray[np.int64]]]:
+    """Return the positions that stay, by full name in the unpruned model and axis.
+
+    Args:
+        family: the model's family.
+        config: config.json of the unpruned model.
+        kept: per layer, kept unit ids by kind, or None for a removed block.
+        whole: kept unit ids of the kinds that run through the whole model.
+    """
+    found: dict[str, dict[int, npt.NDArray[np.int64]]] = {}
+    for (name, axis), keep in family.kept_positions(config, whole).items():
+        found.setdefault(name, {})[axis] = keep
+    for index, layer in enumerate(kept):
+        # The whole model's units own other axes than those of a layer.
+        for (rest, axis), keep in family.kept_positions(config, layer or {}).items():
+            found.setdefault(f"{family.layer_prefix}.{index}.{rest}", {})[axis] = keep
+    if family.embedding in found and family.dimensions(config).tied:
+        found[HEAD] = found[family.embedding]
+    return found
+
+
+def remaining_parameters(
+    family: Family, config: Config, kept: Kept, whole: Mapping[str, Sequence[int]] | None = None
+) -> int:
     """Count the parameters of the model that ``kept`` leaves, without any weights.
 
     Args:
         family: the model's family.
         config: config.json of the unpruned model.
         kept: per layer, kept unit ids by kind, or None for a removed block.
+        whole: kept unit ids of the kinds that run through the whole model.
     """
     shapes = family.layer_shapes(config)
-    total = sum(math.prod(shape) for shape in family.outer_shapes(config).values())
+    cut = {
+        place: len(positions)
+        for place, positions in family.kept_positions(config, whole or {}).items()
+    }
+
+    def left(name: str, shape: Sequence[int]) -> list[int]:
+        return [cut.get((name, axis), size) for axis, size in enumerate(shape)]
+
+    total = sum(math.prod(left(*item)) for item in family.outer_shapes(config).items())
     counted: dict[tuple[tuple[str, tuple[int, ...]], ...], int] = {}
-    for layer in kept:
+    for index, layer in enumerate(kept):
         if layer is None:
             continue
         identity = tuple(sorted((kind, tuple(ids)) for kind, ids in layer.items()))
         if identity not in counted:
-            sizes = {name: list(shape) for name, shape in shapes.items()}
+            # What runs through the whole model is cut alike in all layers.
+            prefix = f"{family.layer_prefix}.{index}"
+            sizes = {name: left(f"{prefix}.{name}", shape) for name, shape in shapes.items()}
             for (name, axis), positions in family.kept_positions(config, layer).items():
                 sizes[name][axis] = len(positions)
             counted[identity] = sum(math.prod(size) for size in sizes.values())
@@ -71,23 +112,18 @@ def prune_tensors(
 
     check_plan(plan, family, config)
     new_index = {old: new for new, old in enumerate(plan.kept_layers)}
-    positions = {
-        old: family.kept_positions(config, plan.kept[old] or {}) for old in plan.kept_layers
-    }
+    positions = _positions(family, config, plan.kept, plan.whole)
     for name, tensor in tensors:
         place = layer_of(name, family.layer_prefix)
-        if place is None:
-            yield name, tensor
+        if place is not None and place[0] not in new_index:
             continue
-        index, rest = place
-        if index not in new_index:
-            continue
-        for axis in range(tensor.ndim):
-            keep = positions[index].get((rest, axis))
-            if keep is not None and len(keep) != tensor.shape[axis]:
+        for axis, keep in positions.get(name, {}).items():
+            if len(keep) != tensor.shape[axis]:
                 where = torch.from_numpy(keep).to(tensor.device)
                 tensor = tensor.index_select(axis, where)
-        yield f"{family.layer_prefix}.{new_index[index]}.{rest}", tensor
+        if place is not None:
+            name = f"{family.layer_prefix}.{new_index[place[0]]}.{place[1]}"
+        yield name, tensor
 
 
 def zero_tensors(
@@ -96,29 +132,28 @@ def zero_tensors(
     """Yield the unpruned model's tensors with every removed unit set to zero, widths unchanged.
 
     The resulting model computes the same function as the pruned one: a zeroed head or channel
-    adds nothing to the residual stream, and neither does a block of zero output projections.
+    adds nothing to the residual stream, and neither does a block of zero output projections. With
+    residual channels removed that holds up to the norms, which here still divide by the width of
+    the whole stream.
 
     Raises:
         InputError: the plan is for another architecture, or removes blocks where zeros do not.
     """
     check_plan(plan, family, config)
     _check_zero_blocks(plan, family, config)
-    kinds = family.units(config)
+    nothing: Mapping[str, Sequence[int]] = dict.fromkeys(family.units(config), ())
+    kept = [nothing if layer is None else layer for layer in plan.kept]
+    positions = _positions(family, config, kept, plan.whole)
     for name, tensor in tensors:
+        for axis, keep in positions.get(name, {}).items():
+            if len(keep) != tensor.shape[axis]:
+                mask = tensor.new_zeros(tensor.shape[axis])
+                mask[keep.tolist()] = 1
+                shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
+                tensor = tensor * mask.view(shape)
         place = layer_of(name, family.layer_prefix)
-        if place is not None:
-            index, rest = place
-            kept = plan.kept[index]
-            if kept is None:
-                kept = dict.fromkeys(kinds, ())
-            for (parameter, axis), keep in family.kept_positions(config, kept).items():
-                if parameter == rest and len(keep) != tensor.shape[axis]:
-                    mask = tensor.new_zeros(tensor.shape[axis])
-                    mask[keep.tolist()] = 1
-                    shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
-                    tensor = tensor * mask.view(shape)
-            if plan.kept[index] is None and rest.endswith(".bias"):
-                tensor = tensor.new_zeros(tensor.shape)
+        if place is not None and plan.kept[place[0]] is None and name.endswith(".bias"):
+            tensor = tensor.new_zeros(tensor.shape)
         yield name, tensor
 
 
@@ -132,10 +167,16 @@ def pad_tensors(
     come back as blocks of zeros, which add nothing to the residual stream.
 
     Raises:
-        InputError: the plan is for another architecture, or removes blocks where zeros do not.
+        InputError: the plan is for another architecture, or removes blocks where zeros do not, or
+            residual channels.
     """
     check_plan(plan, family, config)
     _check_zero_blocks(plan, family, config)
+    if plan.whole:
+        raise InputError(
+            f"a plan that removes {', '.join(plan.whole)} units cannot be padded: the norms of the "
+            "original width would count the zeros in"
+        )
     shapes = family.layer_shapes(config)
     positions = {
         old: family.kept_positions(config, plan.kept[old] or {}) for old in plan.kept_layers
@@ -169,11 +210,13 @@ def pad_tensors(
 def pruned_config(family: Family, config: Config, plan: Plan) -> tuple[dict[str, Any], bool]:
     """Return the config.json of the pruned model, and whether stock transformers builds it."""
     check_plan(plan, family, config)
-    if not plan.removed_blocks and remaining_parameters(family, config, plan.kept) == (
-        family.parameters(config)
+    if not plan.removed_blocks and (
+        remaining_parameters(family, config, plan.kept, plan.whole) == family.parameters(config)
     ):
         return dict(config), True
-    widths = [family.widths(config, plan.kept[i] or {}) for i in plan.kept_layers]
+    widths = [
+        family.widths(config, {**(plan.kept[i] or {}), **plan.whole}) for i in plan.kept_layers
+    ]
     return family.pruned_config(config, widths, plan.kept_layers)
 
 
@@ -192,7 +235,8 @@ def check_plan(plan: Plan, family: Family, config: Config) -> None:
         InputError: model_type, layers or unit counts differ.
     """
     layers = family.dimensions(config).layers
-    counts = {name: kind.count for name, kind in family.units(config).items()}
+    kinds = family.units(config) | family.model_units(config)
+    counts = {name: kind.count for name, kind in kinds.items()}
     if plan.model_type != config["model_type"] or len(plan.kept) != layers:
         raise InputError(
             f"plan is for {plan.model_type} with {len(plan.kept)} layers, "

@@ -287,3 +287,19 @@ def test_families_declare_what_discovery_finds(name: str) -> None:
                 group = found.group(parameter, axis, positions[0])
                 assert group.kind == expected
                 assert [Slice(*part) for part in slices] == list(group.slices)
+
+
+@pytest.mark.parametrize("name", filter(has_family, CONFIGS))
+def test_families_declare_the_residual_channels_that_discovery_finds(name: str) -> None:
+    config, found = make(name).config.to_dict(), found_in(name)
+    declared = family_of(config).kind(config, RESIDUAL)
+    assert declared.count == len(found.of(RESIDUAL)) == 24
+    for unit in range(declared.count):
+        slices = sorted(
+            (part.parameter, part.axis, tuple((part.owner == unit).nonzero()[0].tolist()))
+            for part in declared.slices
+        )
+        parameter, axis, positions = slices[0]
+        group = found.group(parameter, axis, positions[0])
+        assert group.kind == RESIDUAL
+        assert [Slice(*part) for part in slices] == list(group.slices)

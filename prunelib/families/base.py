@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -28,13 +28,16 @@ if TYPE_CHECKING:
 Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
+RESIDUAL = "residual_channel"
+
 
 @dataclass(frozen=True, eq=False)
 class UnitSlice:
-    """One axis of one parameter of a layer, and the unit that owns each position of it.
+    """One axis of one parameter, and the unit that owns each position of it.
 
     Attributes:
-        parameter: name relative to the layer, e.g. ``self_attn.q_proj.weight``.
+        parameter: name relative to the layer, e.g. ``self_attn.q_proj.weight``; in full for units
+            of the whole model.
         axis: 0 for output rows (and biases), 1 for input columns.
         owner: int64 array over the positions of that axis.
     """
@@ -46,21 +49,27 @@ class UnitSlice:
 
 @dataclass(frozen=True, eq=False)
 class UnitKind:
-    """All units of one kind in one layer: a kv group, a query slot or an MLP channel.
+    """All units of one kind: in one layer, or channels of the residual stream in the whole model.
 
     Attributes:
         name: of the kind.
-        count: units per layer.
+        count: units per layer, or in the whole model.
         slices: what the units own, in the order in which a forward pass uses the parameters, a
             bias behind its weight; criteria that look at the last member rely on it.
+        whole: whether the units run through the whole model.
     """
 
     name: str
     count: int
     slices: tuple[UnitSlice, ...]
+    whole: bool = False
 
     def cost(self, shapes: Mapping[str, Shape]) -> int:
-        """Return the number of parameters that one unit holds (all units of a kind are equal)."""
+        """Return the number of parameters that one unit holds (all units of a kind are equal).
+
+        Args:
+            shapes: of all parameters that the slices name.
+        """
         return sum(
             math.prod(shapes[s.parameter]) // len(s.owner) * (len(s.owner) // self.count)
             for s in self.slices
@@ -127,6 +136,37 @@ def columns(module: str, owner: npt.NDArray[np.int64]) -> tuple[UnitSlice, ...]:
     return (UnitSlice(f"{module}.weight", 1, owner),)
 
 
+def residual_channels(
+    width: int,
+    prefix: str,
+    layers: int,
+    first: tuple[UnitSlice, ...],
+    layer: tuple[UnitSlice, ...],
+    last: tuple[UnitSlice, ...],
+) -> dict[str, UnitKind]:
+    """Return the kind ``residual_channel``: one unit per channel of the residual stream.
+
+    Args:
+        width: of the residual stream.
+        prefix: the family's ``layer_prefix``.
+        layers: number of layers.
+        first: slices that precede the layers, named in full.
+        layer: slices of one layer, named relative to it.
+        last: slices that follow the layers, named in full.
+    """
+    inside = (
+        replace(part, parameter=f"{prefix}.{index}.{part.parameter}")
+        for index in range(layers)
+        for part in layer
+    )
+    return {RESIDUAL: UnitKind(RESIDUAL, width, (*first, *inside, *last), whole=True)}
+
+
+def residual_width(kept: Mapping[str, Sequence[int]]) -> LayerFields:
+    """Return the field of a narrower residual stream; none where it keeps its width."""
+    return {"hidden_size": len(kept[RESIDUAL])} if RESIDUAL in kept else {}
+
+
 def kept_count(kept: Mapping[str, Sequence[int]], kind: str, count: int) -> int:
     """Return how many units of ``kind`` stay; a kind that ``kept`` does not name is not pruned."""
     return len(kept[kind]) if kind in kept else count
@@ -176,6 +216,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     layer_prefix: ClassVar[str]
+    # The embedding of tokens, which a tied head shares.
+    embedding: ClassVar[str]
     # Whether transformers' code of it always forms the scores of all pairs of positions.
     plain_attention: ClassVar[bool] = False
 
@@ -199,13 +241,17 @@ class Family(ABC):
     def units(self, config: Config) -> dict[str, UnitKind]:
         """Return the kinds of units of one unpruned layer, by name."""
 
+    def model_units(self, config: Config) -> dict[str, UnitKind]:
+        """Return the kinds of units that run through the whole model, by name."""
+        return {}
+
     @abstractmethod
     def activation_inputs(self) -> tuple[str, ...]:
         """Return the modules of a layer whose inputs cover all distinct linear inputs."""
 
     @abstractmethod
     def widths(self, config: Config, kept: Mapping[str, Sequence[int]]) -> LayerFields:
-        """Return the config fields of a layer with the units ``kept``."""
+        """Return the config fields of a layer with the units ``kept``, of the model's the same."""
 
     @abstractmethod
     def pruned_config(
@@ -242,6 +288,20 @@ class Family(ABC):
         prefix = self.layer_prefix.partition(".")[0] + "."
         return name if name.startswith((prefix, "lm_head.")) else prefix + name
 
+    def shapes(self, config: Config) -> dict[str, Shape]:
+        """Return the shape of every parameter of the unpruned model by its full name."""
+        layer = self.layer_shapes(config)
+        return self.outer_shapes(config) | {
+            f"{self.layer_prefix}.{index}.{name}": shape
+            for index in range(self.dimensions(config).layers)
+            for name, shape in layer.items()
+        }
+
+    def unit_cost(self, config: Config, name: str) -> int:
+        """Return the number of parameters that one unit of the kind ``name`` holds."""
+        kind = self.kind(config, name)
+        return kind.cost(self.shapes(config) if kind.whole else self.layer_shapes(config))
+
     def parameters(self, config: Config) -> int:
         """Return the number of parameters of the unpruned model (tied ones counted once)."""
         return self.block_parameters(config) * self.dimensions(config).layers + sum(
@@ -274,7 +334,7 @@ class Family(ABC):
         Raises:
             InputError: this family has no such kind.
         """
-        kinds = self.units(config)
+        kinds = self.units(config) | self.model_units(config)
         if name not in kinds:
             raise InputError(
                 f"unit kind {name!r} does not exist in family {self.name}; "
@@ -285,7 +345,7 @@ class Family(ABC):
     def kept_positions(
         self, config: Config, kept: Mapping[str, Sequence[int]]
     ) -> dict[tuple[str, int], npt.NDArray[np.int64]]:
-        """Return the positions that stay, by (parameter, axis), for one layer.
+        """Return the positions that stay, by (parameter, axis), for one layer or the model.
 
         Several kinds may own the same axis (kv groups and query slots both own query rows):
         a position stays when all of its owners do.

@@ -20,6 +20,8 @@ from prunelib.families.base import (
     linear_shapes,
     per_layer,
     refuse_pruned,
+    residual_channels,
+    residual_width,
     rows,
 )
 
@@ -49,19 +51,22 @@ class BloomFamily(Family):
     """BLOOM and BLOOMZ of all sizes.
 
     Units: ``kv_group`` (a head: its rows of ``query_key_value``, where every head holds its
-    queries, keys and values one after the other, with their biases, and its columns of ``dense``)
-    and ``mlp_channel``. A head keeps the ALiBi slope of its place among the original heads.
+    queries, keys and values one after the other, with their biases, and its columns of ``dense``),
+    ``mlp_channel`` and ``residual_channel``, the norm of the embedding included. A head keeps the
+    ALiBi slope of its place among the original heads.
     """
 
     name = "bloom"
     layer_prefix = "transformer.h"
+    embedding = "transformer.word_embeddings.weight"
     plain_attention = True
 
     def check(self, config: Config) -> None:
         """Refuse what the modelling file does not compute."""
         refuse_pruned(config)
         size = self.dimensions(config)
-        if size.hidden % size.heads:
+        # A pruned model's config states the width of a head beside what is left of both.
+        if "head_dim" not in config and size.hidden % size.heads:
             raise InputError(f"hidden_size {size.hidden} is not a multiple of n_head {size.heads}")
         if config.get("slow_but_exact") and int(config.get("pretraining_tp") or 1) > 1:
             raise InputError(
@@ -131,6 +136,29 @@ class BloomFamily(Family):
             ),
         }
 
+    def model_units(self, config: Config) -> dict[str, UnitKind]:
+        """Return the channels of the residual stream with the slices they own."""
+        size, shapes = self.dimensions(config), self.layer_shapes(config)
+        outer, channel = self.outer_shapes(config), np.arange(size.hidden)
+        layer = (
+            *rows(shapes, "input_layernorm", channel),
+            *columns("self_attention.query_key_value", channel),
+            *rows(shapes, "self_attention.dense", channel),
+            *rows(shapes, "post_attention_layernorm", channel),
+            *columns("mlp.dense_h_to_4h", channel),
+            *rows(shapes, "mlp.dense_4h_to_h", channel),
+        )
+        embedding = columns("transformer.word_embeddings", channel)
+        head = () if size.tied else columns("lm_head", channel)
+        return residual_channels(
+            size.hidden,
+            self.layer_prefix,
+            size.layers,
+            embedding + rows(outer, "transformer.word_embeddings_layernorm", channel),
+            layer,
+            rows(outer, "transformer.ln_f", channel) + head,
+        )
+
     def activation_inputs(self) -> tuple[str, ...]:
         """Return all linear maps of a layer: no two share an input."""
         return (
@@ -148,6 +176,7 @@ class BloomFamily(Family):
             "n_head": len(heads),
             "alibi_heads": heads,
             "intermediate_size": kept_count(kept, "mlp_channel", size.inner),
+            **residual_width(kept),
         }
 
     def pruned_config(
@@ -165,6 +194,7 @@ class BloomFamily(Family):
             return new, True
         # Whoever reads the file without its classes, as tokenizers do, looks for this name.
         new |= {"head_dim": size.head_dim, "num_hidden_layers": len(layers)}
+        new["hidden_size"] = layers[0].get("hidden_size", size.hidden)
         return per_layer(new, layers, title="Bloom", module="modeling_pruned_bloom"), False
 
     def model_class(self, config: Config) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -32,12 +32,14 @@ _DEFAULTS = {"num_key_value_heads": 2, "head_dim": 128, "attention_bias": True}
 class GlmFamily(LlamaFamily):
     """GLM: heads as in LLaMA-like models, gate and up projections fused.
 
-    Units: ``kv_group``, ``query_slot`` (with two kv heads the only ones finer than a half) and
+    Units: ``kv_group``, ``query_slot`` (with two kv heads the only ones finer than a half),
     ``mlp_channel`` (rows ``i`` and ``i + intermediate_size`` of ``gate_up_proj``, column ``i`` of
-    ``down_proj``). Only a part of every head is rotated; heads are kept or removed whole.
+    ``down_proj``) and ``residual_channel``. Only a part of every head is rotated; heads are kept
+    or removed whole.
     """
 
     name = "glm"
+    mlp_inputs: ClassVar[tuple[str, ...]] = ("mlp.gate_up_proj",)
 
     def dimensions(self, config: Config) -> Dimensions:
         """Return the sizes of the unpruned model."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -20,6 +20,8 @@ from prunelib.families.base import (
     linear_shapes,
     per_layer,
     refuse_pruned,
+    residual_channels,
+    residual_width,
     rows,
 )
 
@@ -91,6 +93,7 @@ def grouped_widths(size: Dimensions, kept: Mapping[str, Sequence[int]]) -> Layer
         "num_attention_heads": groups * slots,
         "num_key_value_heads": groups,
         "intermediate_size": kept_count(kept, "mlp_channel", size.inner),
+        **residual_width(kept),
     }
 
 
@@ -106,12 +109,17 @@ class LlamaFamily(Family):
     """Pre-norm decoder: q/k/v/o with rotary heads, gated MLP, RMS norms, no positions table.
 
     Units: ``kv_group`` (a kv head with its query heads), ``query_slot`` (the same query head out
-    of every kv group), ``mlp_channel`` (a gate row, an up row and a down column). transformers
+    of every kv group), ``mlp_channel`` (a gate row, an up row and a down column) and
+    ``residual_channel`` (a column of the embedding, the head and every map that reads the residual
+    stream, a row of every map that writes it, a weight of every norm of it). transformers
     assigns query head ``h`` to kv head ``h // (heads / kv heads)``.
     """
 
     name = "llama"
     layer_prefix = "model.layers"
+    embedding = "model.embed_tokens.weight"
+    # The linear maps that read what the second norm of a layer gives.
+    mlp_inputs: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
 
     def check(self, config: Config) -> None:
         """Refuse configs whose widths already differ by layer or do not divide."""
@@ -189,6 +197,29 @@ class LlamaFamily(Family):
             ),
         }
 
+    def model_units(self, config: Config) -> dict[str, UnitKind]:
+        """Return the channels of the residual stream with the slices they own."""
+        size, shapes = self.dimensions(config), self.layer_shapes(config)
+        channel = np.arange(size.hidden)
+        attention = tuple(f"self_attn.{name}_proj" for name in "qkv")
+        layer = (
+            *rows(shapes, "input_layernorm", channel),
+            *(part for name in attention for part in columns(name, channel)),
+            *rows(shapes, "self_attn.o_proj", channel),
+            *rows(shapes, "post_attention_layernorm", channel),
+            *(part for name in self.mlp_inputs for part in columns(name, channel)),
+            *rows(shapes, "mlp.down_proj", channel),
+        )
+        head = () if size.tied else columns("lm_head", channel)
+        return residual_channels(
+            size.hidden,
+            self.layer_prefix,
+            size.layers,
+            columns("model.embed_tokens", channel),
+            layer,
+            rows(self.outer_shapes(config), "model.norm", channel) + head,
+        )
+
     def activation_inputs(self) -> tuple[str, ...]:
         """Return one module per distinct input: q shares its input with k and v, gate with up."""
         return ("self_attn.q_proj", "self_attn.o_proj", "mlp.gate_proj", "mlp.down_proj")
@@ -203,7 +234,7 @@ class LlamaFamily(Family):
         """Write the config of a pruned model.
 
         Equal layers give a stock config. ``LlamaConfig`` refuses head counts that do not divide
-        the hidden size; a bias-free LLaMA is the same network as a Mistral without sliding
+        the (pruned) hidden size; a bias-free LLaMA is the same network as a Mistral without sliding
         window, whose config accepts them, and is then saved as that. Everything else gets
         ``per_layer_config`` and the modelling file.
         """
@@ -214,7 +245,7 @@ class LlamaFamily(Family):
             new["layer_types"] = [config["layer_types"][i] for i in kept_layers]
         if all(fields == layers[0] for fields in layers):
             new |= layers[0]
-            divides = int(config["hidden_size"]) % new["num_attention_heads"] == 0
+            divides = int(new["hidden_size"]) % new["num_attention_heads"] == 0
             if config["model_type"] != "llama" or divides:
                 return new, True
             if not any(_biases(config)):

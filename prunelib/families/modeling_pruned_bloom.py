@@ -1,10 +1,11 @@
-"""BLOOM models with fewer heads or MLP channels, for transformers 5.15 and later.
+"""BLOOM models with fewer heads or channels, for transformers 5.15 and later.
 
 This file stands alone and is saved beside the weights. ``config.per_layer_config[i]`` holds the
 heads that layer ``i`` keeps, by their index in the original model (``alibi_heads``), and its MLP
-width (``intermediate_size``); ``config.n_head`` is the original number of heads. The ALiBi slope of
-a head depends on both index and number, so that the stock model computes the bias of all original
-heads and every layer takes those of its own.
+width (``intermediate_size``); ``config.n_head`` is the original number of heads, each
+``config.head_dim`` wide, and ``config.hidden_size`` what is left of the residual stream. The ALiBi
+slope of a head depends on both index and number, so that the stock model computes the bias of all
+original heads and every layer takes those of its own.
 """
 
 import copy
@@ -28,7 +29,11 @@ class PrunedBloomAttention(BloomAttention):
     """The stock attention over some of the original heads."""
 
     def __init__(self, config, layer_idx, heads):  # type: ignore[no-untyped-def]
-        super().__init__(config, layer_idx)
+        whole = copy.copy(config)
+        # The stock attention takes the width of a head, and the scale of the scores, from these.
+        whole.hidden_size = config.n_head * config.head_dim
+        super().__init__(whole, layer_idx)
+        self.hidden_size = config.hidden_size
         self.original_heads, self.kept_heads = self.num_heads, list(heads)
         self.num_heads = len(self.kept_heads)
         inner = self.num_heads * self.head_dim
@@ -46,7 +51,10 @@ class PrunedBloomAttention(BloomAttention):
 
 def _block(config, layer_config, index):  # type: ignore[no-untyped-def]
     """Return a stock block with the heads and MLP channels of ``layer_config``."""
-    block = BloomBlock(config, index)
+    single = copy.copy(config)
+    # Its attention, which is replaced, refuses widths that are no multiple of the heads.
+    single.n_head = 1
+    block = BloomBlock(single, index)
     block.num_heads = len(layer_config.alibi_heads)
     block.self_attention = PrunedBloomAttention(config, index, layer_config.alibi_heads)
     outer, inner = config.hidden_size, layer_config.intermediate_size

@@ -20,6 +20,8 @@ from prunelib.families.base import (
     linear_shapes,
     per_layer,
     refuse_pruned,
+    residual_channels,
+    residual_width,
     rows,
 )
 
@@ -47,14 +49,16 @@ def _affine(config: Config, module: str, width: int) -> dict[str, Shape]:
 class OptFamily(Family):
     """OPT of all sizes, the post-norm opt-350m with its narrower embedding included.
 
-    Units: ``kv_group`` (a head: q, k and v rows with their biases, o columns) and ``mlp_channel``
-    (an fc1 row with its bias and an fc2 column; there is no gate). The biases of the output
-    projections belong to the residual stream and stay. Queries are scaled by the head's width,
-    which pruning does not change.
+    Units: ``kv_group`` (a head: q, k and v rows with their biases, o columns), ``mlp_channel``
+    (an fc1 row with its bias and an fc2 column; there is no gate) and ``residual_channel``, to
+    which the biases of the output projections and a column of the positions belong. With a
+    narrower embedding it ends at the projections around the layers. Queries are scaled by the
+    head's width, which pruning does not change.
     """
 
     name = "opt"
     layer_prefix = "model.decoder.layers"
+    embedding = "model.decoder.embed_tokens.weight"
 
     def check(self, config: Config) -> None:
         """Refuse configs whose widths already differ by layer or do not divide."""
@@ -136,6 +140,43 @@ class OptFamily(Family):
             ),
         }
 
+    def model_units(self, config: Config) -> dict[str, UnitKind]:
+        """Return the channels of the residual stream with the slices they own."""
+        size, shapes = self.dimensions(config), self.layer_shapes(config)
+        outer, channel = self.outer_shapes(config), np.arange(size.hidden)
+        attention = (
+            *(part for name in "qkv" for part in columns(f"self_attn.{name}_proj", channel)),
+            *rows(shapes, "self_attn.out_proj", channel),
+        )
+        mlp = columns("fc1", channel) + rows(shapes, "fc2", channel)
+        norms = [
+            rows(shapes, name, channel) for name in ("self_attn_layer_norm", "final_layer_norm")
+        ]
+        if config.get("do_layer_norm_before", True):
+            layer = norms[0] + attention + norms[1] + mlp
+        else:
+            layer = attention + norms[0] + mlp + norms[1]
+        body = "model.decoder"
+        narrow = f"{body}.project_in.weight" in outer
+        first = (
+            rows(outer, f"{body}.project_in", channel)
+            if narrow
+            else columns(f"{body}.embed_tokens", channel)
+        )
+        last = rows(outer, f"{body}.final_layer_norm", channel)
+        if narrow:
+            last += columns(f"{body}.project_out", channel)
+        elif not size.tied:
+            last += columns("lm_head", channel)
+        return residual_channels(
+            size.hidden,
+            self.layer_prefix,
+            size.layers,
+            first + columns(f"{body}.embed_positions", channel),
+            layer,
+            last,
+        )
+
     def activation_inputs(self) -> tuple[str, ...]:
         """Return one module per distinct input: q shares its input with k and v."""
         return ("self_attn.q_proj", "self_attn.out_proj", "fc1", "fc2")
@@ -146,6 +187,7 @@ class OptFamily(Family):
         return {
             "num_attention_heads": kept_count(kept, "kv_group", size.heads),
             "ffn_dim": kept_count(kept, "mlp_channel", size.inner),
+            **residual_width(kept),
         }
 
     def pruned_config(
@@ -154,16 +196,23 @@ class OptFamily(Family):
         """Write the config of a pruned model.
 
         Equal layers with all heads give a stock config. Stock OPT takes the width of a head from
-        ``hidden_size / num_attention_heads``, so that fewer heads need the modelling file.
+        ``hidden_size / num_attention_heads``, so that fewer heads or residual channels need the
+        modelling file.
         """
-        size = self.dimensions(config)
+        size, width = self.dimensions(config), _embedding_width(config)
         new = dict(config) | {"num_hidden_layers": len(layers)}
         equal = all(fields == layers[0] for fields in layers)
-        if equal and layers[0]["num_attention_heads"] == size.heads:
+        narrower = "hidden_size" in layers[0]
+        if equal and layers[0]["num_attention_heads"] == size.heads and not narrower:
             return new | layers[0], True
         new["head_dim"] = size.head_dim
         for key in layers[0]:
             new[key] = max(fields[key] for fields in layers)
+        if narrower:
+            # Stock OPT projects where the widths differ; pruned ones may become equal by chance.
+            new["embedding_projection"] = width != size.hidden
+            if width == size.hidden:
+                new["word_embed_proj_dim"] = new["hidden_size"]
         return per_layer(new, layers, title="OPT", module="modeling_pruned_opt"), False
 
     def model_class(self, config: Config) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
