@@ -410,20 +410,25 @@ def _statistics(case: _Case) -> Work:
     their fp32 copy where they are in half precision: block x (8 + item, and 4 if item < 4) bytes.
     Every window's gradients pass through the memory ``FISHER_TRANSFERS`` times, its weights
     twice forward and once back.
+
+    The passes over the whole model (``..._whole``) hold the gradients of what is outside the layers
+    beside that, fp32, with a product and, over several batches, their sums.
     """
     model, item = case.model, case.item
+    name = str(case.param("name"))
+    outside, name = name.endswith("_whole"), name.removesuffix("_whole")
     calibration = case.node.inputs["calibration"].params
     windows, length = calibration["windows"], calibration["length"]
-    per_batch = 1 if case.param("name") == "fisher" else case.param("batch_windows")
+    per_batch = 1 if name == "fisher" else case.param("batch_windows")
     batches = math.ceil(windows / per_batch)
     batch = min(windows, per_batch) * length
     tokens = windows * length
     device, host, seconds = _loaded(case, model.parameters)
     linears = model.linears.values()
     moved = 0.0
-    if case.param("name") in ("gradients", "fisher"):
+    if name in ("gradients", "fisher"):
         # Bounded by one layer's gradients: they are reduced before the next layer's exist.
-        fisher = case.param("name") == "fisher"
+        fisher = name == "fisher"
         # Sums are fp32; gradients of half precision are there twice while they are widened.
         widened = 4 if item < 4 else 0
         sums = 8 + widened if fisher else item + widened if batches > 1 else 0
@@ -448,6 +453,14 @@ def _statistics(case: _Case) -> Work:
             blocks = model.layers * model.block
             moved = windows * blocks * (4 * FISHER_TRANSFERS + 3 * item)
         flops = GRADIENT_FORWARDS * tokens * model.flops(model.parameters)
+        if outside:
+            outer = model.parameters - model.layers * model.block
+            # A part of the gradient in the weights' type, the batch's in fp32, their product and
+            # absolute value; sums and squares.
+            each = item + 12 + (8 if fisher else 4 if batches > 1 else 0)
+            device += (Term("gradients outside the layers", outer * each),)
+            disk += kept * outer / model.hidden
+            flops += GRADIENT_FORWARDS * tokens * model.flops(outer)
     else:
         # The hooks square the widest input in fp32 and sum it in fp64; block influence normalises
         # the residual stream.

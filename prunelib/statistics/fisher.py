@@ -84,6 +84,14 @@ def collect(
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
     """
+    return second_order(model, family, windows, "fisher")
+
+
+def second_order(
+    model: PreTrainedModel, family: Family, windows: torch.Tensor, what: str, *, outer: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return all gradient statistics with the mean ``loss``; arguments as of ``sweep``."""
     parts = list(batches(windows, 1))
-    statistics, loss = sweep(model, family, parts, windows.shape[1] - 1, SquaredSums, "fisher")
+    targets = windows.shape[1] - 1
+    statistics, loss = sweep(model, family, parts, targets, SquaredSums, what, outer=outer)
     return statistics | {"loss": torch.tensor(loss / len(parts), dtype=torch.float64)}

@@ -15,7 +15,8 @@ them. The layers nearest the loss need no recomputation: their graph is kept as 
 activations fit into ``GRAPH_BYTES``. The head is applied in chunks of positions.
 
 ``sweep`` is that walk; what is kept of a layer's gradients is the caller's ``Sums``, so that
-second order (``prunelib.statistics.fisher``) shares everything else.
+second order (``prunelib.statistics.fisher``) shares everything else. On request it goes on to the
+parameters outside the layers (``prunelib.statistics.gradients_whole``).
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -160,10 +161,10 @@ class _LayerRecorder:
             hook.remove()
 
 
-def _head_gradient(
+def _head_shares(
     model: PreTrainedModel, family: Family, hidden: torch.Tensor, ids: torch.Tensor, targets: int
-) -> tuple[torch.Tensor, float]:
-    """Return d loss / d hidden [batch, length, hidden] and this batch's share of the loss.
+) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
+    """Yield (positions, their hidden states as a leaf [positions, hidden], share of the loss []).
 
     The loss is the next-token cross-entropy summed over this batch and divided by ``targets``,
     the number of targets of all batches. Logits exist for one chunk of positions at a time.
@@ -172,8 +173,6 @@ def _head_gradient(
     flat = hidden[:, :-1].reshape(-1, hidden.shape[-1])
     labels = ids[:, 1:].reshape(-1).to(hidden.device)
     chunk = max(LOGITS_BYTES // (4 * head.weight.shape[0]), 1)
-    gradient = torch.zeros_like(flat)
-    loss = 0.0
     for start in range(0, len(flat), chunk):
         part = slice(start, start + chunk)
         leaf = flat[part].detach().requires_grad_()
@@ -185,11 +184,102 @@ def _head_gradient(
                 )
                 / targets
             )
-            (gradient[part],) = torch.autograd.grad(share, leaf)
+        yield part, leaf, share
+
+
+def _head_gradient(
+    model: PreTrainedModel, family: Family, hidden: torch.Tensor, ids: torch.Tensor, targets: int
+) -> tuple[torch.Tensor, float]:
+    """Return d loss / d hidden [batch, length, hidden] and this batch's share of the loss."""
+    gradient = torch.zeros_like(hidden[:, :-1].reshape(-1, hidden.shape[-1]))
+    loss = 0.0
+    for part, leaf, share in _head_shares(model, family, hidden, ids, targets):
+        (gradient[part],) = torch.autograd.grad(share, leaf)
         loss += share.item()
     full = torch.zeros_like(hidden)
     full[:, :-1] = gradient.view(hidden.shape[0], hidden.shape[1] - 1, -1)
     return full, loss
+
+
+class _ReachedError(Exception):
+    """The input of the first layer is there."""
+
+
+def _first_input(model: PreTrainedModel, layers: nn.ModuleList, ids: torch.Tensor) -> torch.Tensor:
+    """Return the input of the first layer [batch, length, hidden] with its graph."""
+    found: list[torch.Tensor] = []
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        found.append(args[0] if args else kwargs["hidden_states"])
+        raise _ReachedError
+
+    hook = layers[0].register_forward_pre_hook(stop, with_kwargs=True)
+    try:
+        with torch.enable_grad(), suppress(_ReachedError):
+            model.base_model(input_ids=ids.to(model.device), use_cache=False)
+    finally:
+        hook.remove()
+    return found[0]
+
+
+def _outer(
+    model: PreTrainedModel,
+    family: Family,
+    parts: Sequence[torch.Tensor],
+    targets: int,
+    last: Sequence[torch.Tensor],
+    first: Sequence[torch.Tensor],
+    total: Sums,
+    what: str,
+) -> dict[str, torch.Tensor]:
+    """Reduce the gradients of the parameters outside the layers, by full name.
+
+    The head is applied once more, so that the gradient of a tied embedding, to which both of its
+    uses add, is that of one batch before ``total`` takes it.
+
+    Args:
+        model: with all parameters frozen.
+        family: the model's family.
+        parts: batches of token ids.
+        targets: as in ``sweep``.
+        last: per batch, the last layer's output.
+        first: per batch, the gradient of the first layer's input.
+        total: takes in the gradients.
+        what: the pass, for messages.
+
+    Raises:
+        NonFiniteError: names the parameter.
+    """
+    names, parameters = zip(
+        *(
+            (name, parameter)
+            for name, parameter in model.named_parameters()
+            if not name.startswith(f"{family.layer_prefix}.")
+        ),
+        strict=True,
+    )
+    for parameter in parameters:
+        parameter.requires_grad_(True)
+    for ids, output, upstream in zip(parts, last, first, strict=True):
+        gradients = [torch.zeros_like(p, dtype=torch.float32) for p in parameters]
+
+        def add(found: Sequence[torch.Tensor | None], to: Sequence[torch.Tensor]) -> None:
+            for gradient, more in zip(to, found, strict=True):
+                if more is not None:
+                    gradient.add_(more)
+
+        for _, _, share in _head_shares(model, family, output, ids, targets):
+            add(torch.autograd.grad(share, parameters, allow_unused=True), gradients)
+        reached = _first_input(model, family.layers(model), ids)
+        add(torch.autograd.grad(reached, parameters, upstream, allow_unused=True), gradients)
+        total.add(gradients)
+    statistics: dict[str, torch.Tensor] = {}
+    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
+        reduced = total.reduce(number, name, parameter)
+        if not all(value.isfinite().all() for value in reduced.values()):
+            raise NonFiniteError(f"{what}: {name} is not finite")
+        statistics |= reduced
+    return statistics
 
 
 @contextmanager
@@ -231,6 +321,8 @@ def sweep(
     targets: int,
     sums: Callable[[], Sums],
     what: str,
+    *,
+    outer: bool = False,
 ) -> tuple[dict[str, torch.Tensor], float]:
     """Go forward and backward through the model and reduce the gradients layer by layer.
 
@@ -241,9 +333,11 @@ def sweep(
         targets: a batch's loss is the sum over its predicted tokens divided by this.
         sums: makes what takes in one layer's gradients of every batch and reduces them.
         what: the pass, for messages.
+        outer: whether parameters outside the layers are reduced, too; all at once.
 
     Returns:
-        The reductions of all layers on the CPU, and the sum of all batches' losses.
+        The reductions on the CPU, those of layers by ``<layer>.<parameter>``, and the sum of all
+        batches' losses.
 
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
@@ -286,6 +380,10 @@ def sweep(
                 if not all(value.isfinite().all() for value in reduced.values()):
                     raise NonFiniteError(f"{what}: layer {index}, {name} is not finite")
                 statistics |= reduced
+        if outer:
+            layers.requires_grad_(False)
+            last = [recorder.last for recorder in recorders if recorder.last is not None]
+            statistics |= _outer(model, family, parts, targets, last, gradients, sums(), what)
     return statistics, loss
 
 
@@ -309,7 +407,20 @@ def collect(
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
     """
+    return first_order(model, family, windows, batch_windows, "gradients")
+
+
+def first_order(
+    model: PreTrainedModel,
+    family: Family,
+    windows: torch.Tensor,
+    batch_windows: int,
+    what: str,
+    *,
+    outer: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Return first-order statistics with the mean ``loss``; arguments as of ``sweep``."""
     parts = list(batches(windows, batch_windows))
     targets = windows.shape[0] * (windows.shape[1] - 1)
-    statistics, loss = sweep(model, family, parts, targets, Sums, "gradients")
+    statistics, loss = sweep(model, family, parts, targets, Sums, what, outer=outer)
     return statistics | {"loss": torch.tensor(loss, dtype=torch.float64)}

@@ -1,0 +1,46 @@
+"""First-order products of the whole model: ``gradients`` and what is outside the layers.
+
+Channels of the residual stream own columns of the embedding and the head and elements of the final
+norm. For each of these parameters the statistics are called ``<full name>.<reduction>.rows`` and
+``.columns``, with the reductions of ``prunelib.statistics.gradients`` (``abs`` and ``sum``).
+Those of an embedding's columns sum over the vocabulary, as the public LLM-Pruner code does. A tied
+head and its embedding are one parameter, whose gradient both uses add to.
+
+Beside what ``gradients`` holds, the gradients of all these parameters and their sums exist at once,
+in fp32, and the head is applied once more.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from prunelib.statistics.gradients import first_order
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PreTrainedModel
+
+    from prunelib.families.base import Config, Family
+
+
+def collect(
+    model: PreTrainedModel,
+    family: Family,
+    config: Config,
+    windows: torch.Tensor,
+    batch_windows: int,
+) -> dict[str, torch.Tensor]:
+    """Return the statistics above and the mean ``loss`` [], on the CPU.
+
+    Args:
+        model: in eval mode; weights and gradients are as before afterwards.
+        family: the model's family.
+        config: config.json of the model.
+        windows: int64 [n, length] token ids.
+        batch_windows: windows per forward and backward pass; the result does not depend on it
+            beyond rounding.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is NaN or infinite; names the layer or parameter.
+    """
+    return first_order(model, family, windows, batch_windows, "gradients_whole", outer=True)
