@@ -2,11 +2,12 @@
 
 Local ranking removes the same number of the lowest units in every layer that is not protected
 (LLM-Pruner section 3.3); global ranking puts all units of all kinds into one list, each counted as
-one unit with its raw score, as the public LLM-Pruner code does.
+one unit with its raw score, as the public LLM-Pruner code does. Units that run through the whole
+model (residual channels) have one ranking, and no layer is protected from them.
 
 A target is one of
 * ``groups``: the share of the units of every kind in every prunable layer, with LLM-Pruner's
-  integer arithmetic (``dropped = C - int(C * (1 - ratio))``, whole heads only);
+  integer arithmetic (``dropped = C - int(C * (1 - ratio))``, whole heads only), or in the model;
 * ``parameters``: the share of all parameters to remove, solved for; the realised share is in the
   plan;
 * ``blocks``: a number of whole blocks.
@@ -26,6 +27,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prunelib.errors import InputError, NonFiniteError
+from prunelib.families.base import RESIDUAL
 from prunelib.plan import Plan
 from prunelib.surgery import remaining_parameters
 
@@ -76,9 +78,10 @@ class Rule:
     """How units are ranked.
 
     Attributes:
-        kinds: unit kinds that are pruned, coarse before fine (``kv_group``, ``mlp_channel``).
+        kinds: unit kinds that are pruned, coarse before fine (``kv_group``, ``mlp_channel``); one
+            that runs through the whole model is alone.
         ranking: ``local`` or ``global``.
-        round_to: kept MLP channels per layer are a multiple of this.
+        round_to: kept MLP channels per layer, or residual channels, are a multiple of this.
     """
 
     kinds: tuple[str, ...]
@@ -124,7 +127,14 @@ def group_ratio_counts(family: Family, config: Config, kind: str, ratio: float) 
 
 
 def _granularity(kind: str, rule: Rule) -> int:
-    return rule.round_to if kind == "mlp_channel" else 1
+    return rule.round_to if kind in ("mlp_channel", RESIDUAL) else 1
+
+
+def _places(family: Family, config: Config, target: Target, rule: Rule) -> int:
+    """Return how many times the units of ``rule`` exist: in every prunable layer, or once."""
+    if any(family.kind(config, kind).whole for kind in rule.kinds):
+        return 1
+    return len(prunable_layers(family, config, target))
 
 
 def _round_dropped(count: int, dropped: int, multiple: int) -> int:
@@ -134,12 +144,12 @@ def _round_dropped(count: int, dropped: int, multiple: int) -> int:
 
 
 def _most_dropped(count: int, multiple: int) -> int:
-    """Return the most units of a layer that may go: at least one multiple stays."""
+    """Return the most units of a layer (or model) that may go: at least one multiple stays."""
     return max(count - multiple, 0)
 
 
 def local_counts(family: Family, config: Config, target: Target, rule: Rule) -> dict[str, int]:
-    """Return how many units of every kind each prunable layer loses under local ranking.
+    """Return how many units of every kind each prunable layer, or the model, loses.
 
     For a parameter target the coarse kind (kv groups) takes the whole number whose share is
     consistent with the share of the fine kind, which is then solved for.
@@ -148,7 +158,6 @@ def local_counts(family: Family, config: Config, target: Target, rule: Rule) -> 
         InputError: the target cannot be reached.
     """
     check_reachable(family, config, target, rule)
-    layers = prunable_layers(family, config, target)
     counts = {kind: family.kind(config, kind).count for kind in rule.kinds}
     if target.kind == "groups":
         return {
@@ -165,9 +174,8 @@ def local_counts(family: Family, config: Config, target: Target, rule: Rule) -> 
     if target.value == 0:
         return dict.fromkeys(rule.kinds, 0)
     *coarse, fine = rule.kinds
-    shapes = family.layer_shapes(config)
-    costs = {kind: family.kind(config, kind).cost(shapes) for kind in rule.kinds}
-    budget = target.value * family.parameters(config) / len(layers)
+    costs = {kind: family.unit_cost(config, kind) for kind in rule.kinds}
+    budget = target.value * family.parameters(config) / _places(family, config, target, rule)
     multiple = _granularity(fine, rule)
     candidates = []
     for dropped in range(counts[coarse[0]] if coarse else 1):
@@ -189,12 +197,11 @@ def local_counts(family: Family, config: Config, target: Target, rule: Rule) -> 
 
 def most_removable(family: Family, config: Config, target: Target, rule: Rule) -> int:
     """Return the number of parameters that the prunable layers can lose at the most."""
-    shapes = family.layer_shapes(config)
-    per_layer = 0
+    each = 0
     for name in rule.kinds:
-        kind = family.kind(config, name)
-        per_layer += kind.cost(shapes) * _most_dropped(kind.count, _granularity(name, rule))
-    return per_layer * len(prunable_layers(family, config, target))
+        most = _most_dropped(family.kind(config, name).count, _granularity(name, rule))
+        each += family.unit_cost(config, name) * most
+    return each * _places(family, config, target, rule)
 
 
 def check_reachable(family: Family, config: Config, target: Target, rule: Rule) -> None:
@@ -215,6 +222,11 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
         return
     if target.kind == "blocks":
         raise InputError(f"target blocks: this method prunes {', '.join(rule.kinds)}, not blocks")
+    whole = [name for name in rule.kinds if family.kind(config, name).whole]
+    if whole and (target.protect_first or target.protect_last):
+        raise InputError(
+            f"target protect: {whole[0]} units run through all layers; allowed: no protect"
+        )
     if target.kind == "parameters" and target.value > 0:
         total = family.parameters(config)
         most = most_removable(family, config, target, rule)
@@ -229,8 +241,8 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
             count = family.kind(config, name).count
             if group_ratio_counts(family, config, name, target.value) >= count:
                 raise InputError(
-                    f"target groups {target.value}: would remove all {count} {name} units of a "
-                    "layer; at least one must stay"
+                    f"target groups {target.value}: would remove all {count} {name} units of "
+                    f"{'the model' if whole else 'a layer'}; at least one must stay"
                 )
 
 
@@ -257,8 +269,8 @@ def select(
     """Turn scores into a plan; low scores go first, ties by layer and index.
 
     Args:
-        scores: per kind and layer, one score per unit, float64 [units]; for blocks one array
-            [layers].
+        scores: per kind and layer, one score per unit, float64 [units]; for units of the whole
+            model one array [units], for blocks one [layers].
         family: the model's family.
         config: config.json of the unpruned model.
         target: how much to remove.
@@ -273,27 +285,37 @@ def select(
     _check_scores(scores, family, config, rule)
     count = family.dimensions(config).layers
     kinds = {} if rule.kinds == ("block",) else {k: family.kind(config, k) for k in rule.kinds}
-    everything = {name: tuple(range(kind.count)) for name, kind in kinds.items()}
+    everything = {n: tuple(range(kind.count)) for n, kind in kinds.items() if not kind.whole}
     kept: list[dict[str, tuple[int, ...]] | None] = [dict(everything) for _ in range(count)]
+    whole: dict[str, tuple[int, ...]] = {}
     if rule.kinds == ("block",):
         order = np.argsort(scores["block"][0], kind="stable")
         for index in order[: block_count(family, config, target)]:
             kept[int(index)] = None
+    elif len(everything) < len(kinds):
+        for kind, dropped in local_counts(family, config, target, rule).items():
+            whole[kind] = _highest(scores[kind][0], dropped)
     else:
         for (layer, kind), dropped in _dropped(scores, family, config, target, rule).items():
-            order = np.argsort(scores[kind][layer], kind="stable")
             layer_kept = kept[layer]
             assert layer_kept is not None
-            layer_kept[kind] = tuple(sorted(int(i) for i in order[dropped:]))
+            layer_kept[kind] = _highest(scores[kind][layer], dropped)
     return Plan(
         family=family.name,
         model_type=str(config["model_type"]),
         kept=tuple(kept),
         units={name: kind.count for name, kind in kinds.items()},
-        parameters=(family.parameters(config), remaining_parameters(family, config, kept)),
+        parameters=(family.parameters(config), remaining_parameters(family, config, kept, whole)),
         target=asdict(target),
         produced_by=dict(produced_by),
+        whole=whole,
     )
+
+
+def _highest(scores: npt.NDArray[np.float64], dropped: int) -> tuple[int, ...]:
+    """Return the units that stay when the ``dropped`` lowest go, in order."""
+    order = np.argsort(scores, kind="stable")
+    return tuple(sorted(int(unit) for unit in order[dropped:]))
 
 
 def _dropped(
@@ -358,11 +380,17 @@ def _check_scores(scores: Scores, family: Family, config: Config, rule: Rule) ->
             raise InputError(f"scores: kind {kind!r} is missing; given: {', '.join(scores)}")
         arrays = scores[kind]
         block = kind == "block"
-        expected = (1, count) if block else (count, family.kind(config, kind).count)
+        if block:
+            expected = (1, count)
+        else:
+            unit = family.kind(config, kind)
+            expected = (1 if unit.whole else count, unit.count)
         if len(arrays) != expected[0] or any(a.shape != (expected[1],) for a in arrays):
             raise InputError(f"scores: {kind} must be {expected[0]} arrays of {expected[1]} scores")
         for layer, array in enumerate(arrays):
             bad = np.flatnonzero(~np.isfinite(array))
             if len(bad):
-                where = f"block {bad[0]}" if block else f"layer {layer}, {kind} {bad[0]}"
+                where = f"{kind} {bad[0]}"
+                if expected[0] > 1:
+                    where = f"layer {layer}, {where}"
                 raise NonFiniteError(f"scores: {where} is {array[bad[0]]}")

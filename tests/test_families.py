@@ -65,17 +65,18 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "method", "heads"),
+    ("name", "method", "parameters"),
     [
-        *((name, "llm_pruner", "kv_group") for name in FAMILIES),
-        ("glm", "wanda_sp", "query_slot"),
-        *((name, "shortgpt", "kv_group") for name in FAMILIES),
+        *((name, "llm_pruner", {}) for name in FAMILIES),
+        *((name, "llm_pruner", {"strategy": "channel"}) for name in FAMILIES),
+        ("glm", "wanda_sp", {"heads": "query_slot"}),
+        *((name, "shortgpt", {}) for name in FAMILIES),
     ],
 )
 def test_every_step(
     name: str,
     method: str,
-    heads: str,
+    parameters: dict[str, str],
     tiny_checkpoint: Callable[[str], Path],
     text: Path,
     tmp_path: Path,
@@ -115,21 +116,27 @@ def test_every_step(
             model=model,
             calibration=windows,
         )
-        for which in ("activations", "gradients")
+        for which in create(method, parameters).statistics
     }
-    chosen = {"method": method, "parameters": {"heads": heads}, "seed": 0}
+    chosen = {"method": method, "parameters": parameters, "seed": 0}
+    channel = "strategy" in parameters
     scores = step(score, "scores", chosen, model=model, **passes)
     assert all(
         array.isfinite().all() for array in load_file(scores / "scores.safetensors").values()
     )
-    target = {"kind": "groups", "value": 0.34, "protect_first": 1, "protect_last": 0}
+    first = 0 if channel else 1
+    target = {"kind": "groups", "value": 0.34, "protect_first": first, "protect_last": 0}
     smaller = step(
         prune, "pruned", chosen | {"variant": method, "target": target}, model=model, scores=scores
     )
     plan = Plan.load(smaller)
     if method == "shortgpt":
         assert len(plan.removed_blocks) == 1
+    elif channel:
+        # 48 - int(48 * 0.66) of the channels.
+        assert len(plan.whole["residual_channel"]) == read_config(smaller)["hidden_size"] == 31
     else:
+        heads = parameters.get("heads", "kv_group")
         sizes = family_of(config).units(config)
         kept = {kind: len(ids) for kind, ids in (plan.kept[1] or {}).items()}
         # LLM-Pruner's arithmetic: a third of the heads, whole ones only.

@@ -841,3 +841,10 @@ def test_removed_blocks_are_missing_from_every_kind() -> None:
         "layers": [{"index": 0, "kept": {"kv_group": [0, 2, 3]}}, {"index": 1, "kept": {}}],
     }
     assert widths(width) == {"kv_group": [0.75, 1.0]}
+    # What the plan records once for the whole model is as wide in every layer.
+    stream = {
+        "original": {"num_hidden_layers": 2, "units": {"residual_channel": 8}},
+        "layers": [{"index": 0, "kept": {}}, {"index": 1, "kept": {}}],
+        "kept": {"residual_channel": [0, 3]},
+    }
+    assert widths(stream) == {"residual_channel": [0.25, 0.25]}

@@ -297,6 +297,21 @@ def test_second_order_by_hand(cluster: Cluster) -> None:
     assert request(fisher, cluster).seconds > request(gradients, cluster).seconds
 
 
+def test_gradients_outside_the_layers_by_hand(cluster: Cluster) -> None:
+    node = find("statistics")
+    whole = replace(node, params={**node.params, "name": "gradients_whole"})
+    # Embedding and head of 32,000 x 4,096 and the final norm: a bf16 part of the gradient, its sum
+    # and two products in fp32.
+    size = (2 * 32_000 * 4_096 + 4_096) * (2 + 3 * 4)
+    assert (
+        f"gradients outside the layers ({size / 1e9:.3g} GB)" in request(whole, cluster).explanation
+    )
+    assert "outside the layers" not in request(node, cluster).explanation
+    second = replace(node, params={**node.params, "name": "fisher_whole"})
+    assert "one layer's graph of 128 tokens" in request(second, cluster).explanation
+    assert request(whole, cluster).seconds > request(node, cluster).seconds
+
+
 def test_second_order_covers_what_was_measured(cluster: Cluster) -> None:
     # Peak resident memory of the pass on the embedded model, one thread: 1374 MiB.
     node = find("statistics", "smollm2-135m", QUICKSTART, "gradients")

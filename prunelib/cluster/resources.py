@@ -459,7 +459,7 @@ def _statistics(case: _Case) -> Work:
             # absolute value; sums and squares.
             each = item + 12 + (8 if fisher else 4 if batches > 1 else 0)
             device += (Term("gradients outside the layers", outer * each),)
-            disk += kept * outer / model.hidden
+            disk += kept * (outer // model.hidden + model.hidden)
             flops += GRADIENT_FORWARDS * tokens * model.flops(outer)
     else:
         # The hooks square the widest input in fp32 and sum it in fp64; block influence normalises

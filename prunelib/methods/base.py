@@ -8,7 +8,7 @@ and gives values to them.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
@@ -16,6 +16,7 @@ import numpy as np
 
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
+from prunelib.families.base import RESIDUAL
 from prunelib.selection import Rule, Scores
 
 if TYPE_CHECKING:
@@ -49,6 +50,16 @@ class ScoringInputs:
         """Number of layers of the unpruned model."""
         return self.family.dimensions(self.config).layers
 
+    def places(self, kind: str) -> Sequence[int | None]:
+        """Return where units of ``kind`` are: in every layer, or once in the model (None)."""
+        whole = self.family.kind(self.config, kind).whole
+        return (None,) if whole else range(self.layer_count)
+
+    def full_name(self, layer: int | None, part: UnitSlice) -> str:
+        """Return the full name of the parameter of a slice in a layer or in the whole model."""
+        prefix = "" if layer is None else f"{self.family.layer_prefix}.{layer}."
+        return prefix + part.parameter
+
 
 @dataclass(frozen=True, kw_only=True)
 class Method(ABC):
@@ -56,10 +67,13 @@ class Method(ABC):
 
     Attributes:
         ranking: ``local`` (per layer) or ``global`` (all layers together).
-        round_to: kept MLP channels per layer are a multiple of this.
+        round_to: kept MLP channels per layer, or residual channels, are a multiple of this.
+        strategy: what is pruned: ``block`` (heads and MLP channels of every layer) or, with
+            methods that offer it, ``channel`` (channels of the residual stream).
         heads: what attention is pruned by: ``kv_group``, or ``query_slot`` for models whose few
             kv heads allow nothing fine.
         statistics: passes over calibration data that the method needs; empty for data-free ones.
+        strategies: the values of ``strategy`` that the method has scores for.
         seeded: whether scores depend on the seed even without calibration data.
         title: name for tables.
         citation: BibTeX.
@@ -67,8 +81,10 @@ class Method(ABC):
 
     ranking: str = "local"
     round_to: int = 1
+    strategy: str = "block"
     heads: str = "kv_group"
 
+    strategies: ClassVar[tuple[str, ...]] = ("block",)
     seeded: ClassVar[bool] = False
     title: ClassVar[str]
     citation: ClassVar[str]
@@ -81,41 +97,52 @@ class Method(ABC):
     @property
     def kinds(self) -> tuple[str, ...]:
         """Unit kinds that it prunes, coarse before fine; ``("block",)`` for depth pruning."""
-        return (self.heads, "mlp_channel")
+        return (RESIDUAL,) if self.strategy == "channel" else (self.heads, "mlp_channel")
 
     def rule(self) -> Rule:
         """Return how this method's units are ranked; raises InputError on bad values."""
         if self.heads not in HEAD_KINDS:
             raise InputError(f"heads {self.heads!r} is unknown; allowed: {', '.join(HEAD_KINDS)}")
+        if self.strategy not in self.strategies:
+            allowed = ", ".join(self.strategies)
+            raise InputError(
+                f"strategy {self.strategy!r} is not of this method; allowed: {allowed}"
+            )
+        if self.strategy == "channel" and (self.heads, self.ranking) != (HEAD_KINDS[0], "local"):
+            raise InputError(
+                "strategy channel has one ranking and no heads; allowed: neither ranking nor heads"
+            )
         return Rule(self.kinds, self.ranking, self.round_to)
 
     @abstractmethod
     def scores(self, inputs: ScoringInputs) -> Scores:
         """Return one score per unit: per kind a list of float64 arrays, one per layer [units].
 
-        Low scores are pruned first. Block methods return one array [layers] under ``block``.
+        Low scores are pruned first. Units of the whole model have one array [units]; block methods
+        return one array [layers] under ``block``.
         """
 
 
 def score_members(
     inputs: ScoringInputs,
     kinds: tuple[str, ...],
-    member: Callable[[int, UnitSlice], Array],
+    member: Callable[[int | None, UnitSlice], Array],
     aggregate: Callable[[UnitKind, Callable[[UnitSlice], Array]], Array],
 ) -> dict[str, list[Array]]:
-    """Score all units of ``kinds`` in all layers from scores of their members.
+    """Score all units of ``kinds`` from scores of their members.
 
     Args:
         inputs: the scoring inputs.
         kinds: unit kinds.
-        member: (layer, slice) to a score per position of the slice [positions].
+        member: (layer, slice) to a score per position of the slice [positions]; the layer is None
+            for units of the whole model.
         aggregate: combines the members of a kind into [units].
     """
     units = {name: inputs.family.kind(inputs.config, name) for name in kinds}
     return {
         name: [
             aggregate(kind, lambda part, layer=layer: np.asarray(member(layer, part)))  # type: ignore[misc]
-            for layer in range(inputs.layer_count)
+            for layer in inputs.places(name)
         ]
         for name, kind in units.items()
     }

@@ -26,7 +26,11 @@ ATTRIBUTIONS = ("owner", "library")
 
 @dataclass(frozen=True, kw_only=True)
 class LlmPruner(Method):
-    """Block-wise LLM-Pruner.
+    """LLM-Pruner, block-wise or channel-wise.
+
+    Block-wise prunes heads and MLP channels layer by layer; channel-wise (``strategy: channel``)
+    the residual stream, whose channel ``j`` has members in every layer, the embedding and the
+    head. The pass over the calibration data then covers all of these.
 
     Attributes:
         criterion: importance of one row or column with weights ``w``, gradients ``g`` of the mean
@@ -36,7 +40,8 @@ class LlmPruner(Method):
             rows or columns; a bias belongs to its row.
         aggregation: how a unit's members (of a kv group: query, key and value rows, output
             columns) are combined: ``sum``, ``mean``, ``product``, ``max``, or ``last``, the
-            importance of the last one executed (output and down projection).
+            importance of the last one executed (output and down projection). A channel of the
+            residual stream has too many members for their product to be a number.
         attribution: ``owner`` credits query heads to the kv head that they attend to; ``library``
             to head ``h mod kv heads`` as the public code does, for comparison with it.
     """
@@ -45,6 +50,7 @@ class LlmPruner(Method):
     aggregation: str = "sum"
     attribution: str = "owner"
 
+    strategies: ClassVar[tuple[str, ...]] = ("block", "channel")
     title: ClassVar[str] = "LLM-Pruner"
     citation: ClassVar[str] = """@inproceedings{ma2023llmpruner,
   title = {{LLM-Pruner}: On the Structural Pruning of Large Language Models},
@@ -65,19 +71,32 @@ class LlmPruner(Method):
                     f"method llm_pruner: {name} {value!r} is unknown; allowed: {', '.join(allowed)}"
                 )
 
+        if self.strategy == "channel" and self.aggregation == "product":
+            raise InputError(
+                "method llm_pruner: aggregation 'product' is not of strategy channel; "
+                "allowed: sum, mean, max, last"
+            )
+
     @property
     def statistics(self) -> tuple[str, ...]:
         """The one pass that the criterion reads."""
-        return (CRITERIA[self.criterion][0],)
+        statistic, _ = CRITERIA[self.criterion]
+        return (f"{statistic}_whole" if self.strategy == "channel" else statistic,)
 
     def scores(self, inputs: ScoringInputs) -> dict[str, list[Array]]:
         """Return the gradient importance of all units."""
-        statistic, reduction = CRITERIA[self.criterion]
+        reduction = CRITERIA[self.criterion][1]
+        (statistic,) = self.statistics
         tensors = inputs.statistics[statistic]
 
-        def member(layer: int, part: UnitSlice) -> Array:
+        def member(layer: int | None, part: UnitSlice) -> Array:
+            name = part.parameter
+            if layer is not None:
+                name = f"{layer}.{name}"
+            else:
+                name = name.removeprefix(f"{inputs.family.layer_prefix}.")
             axis = "columns" if part.axis == 1 else "rows"
-            scores: Array = tensors[f"{layer}.{part.parameter}.{reduction}.{axis}"].double().numpy()
+            scores: Array = tensors[f"{name}.{reduction}.{axis}"].double().numpy()
             return scores
 
         def combine(kind: UnitKind, member: Callable[[UnitSlice], Array]) -> Array:

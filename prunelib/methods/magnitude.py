@@ -24,6 +24,7 @@ class Magnitude(Method):
 
     order: int = 2
 
+    strategies: ClassVar[tuple[str, ...]] = ("block", "channel")
     title: ClassVar[str] = "Magnitude"
     citation: ClassVar[str] = """@inproceedings{li2017pruning,
   title = {Pruning Filters for Efficient ConvNets},
@@ -38,11 +39,9 @@ class Magnitude(Method):
 
     def scores(self, inputs: ScoringInputs) -> dict[str, list[Array]]:
         """Return the magnitudes of all units, read tensor by tensor from the checkpoint."""
-        prefix = inputs.family.layer_prefix
 
-        def member(layer: int, part: UnitSlice) -> Array:
-            weight = inputs.weight(f"{prefix}.{layer}.{part.parameter}")
-            return magnitude(weight, part.axis, self.order)
+        def member(layer: int | None, part: UnitSlice) -> Array:
+            return magnitude(inputs.weight(inputs.full_name(layer, part)), part.axis, self.order)
 
         return score_members(inputs, self.kinds, member, sum_over_members)
 

@@ -15,6 +15,7 @@ from prunelib.methods.base import Method, ScoringInputs
 class Random(Method):
     """Uniform random scores, one independent stream per kind and layer."""
 
+    strategies: ClassVar[tuple[str, ...]] = ("block", "channel")
     seeded: ClassVar[bool] = True
     title: ClassVar[str] = "Random"
     citation: ClassVar[str] = ""
@@ -23,10 +24,10 @@ class Random(Method):
         """Return uniform [0, 1) scores that depend on the seed, the kind and the layer only."""
         return {
             name: [
-                np.random.default_rng([inputs.seed, number, layer]).random(
+                np.random.default_rng([inputs.seed, number, layer or 0]).random(
                     inputs.family.kind(inputs.config, name).count
                 )
-                for layer in range(inputs.layer_count)
+                for layer in inputs.places(name)
             ]
             for number, name in enumerate(self.kinds)
         }

@@ -50,13 +50,12 @@ class WandaSp(Method):
 
     def scores(self, inputs: ScoringInputs) -> dict[str, list[Array]]:
         """Return Wanda-sp scores of all units."""
-        prefix = inputs.family.layer_prefix
         activations = inputs.statistics["activations"]
 
-        def member(layer: int, part: UnitSlice) -> Array:
+        def member(layer: int | None, part: UnitSlice) -> Array:
             module = part.parameter.rpartition(".")[0]
             norm = activations[f"{layer}.{module}.sum_squares"].sqrt()
-            return wanda_columns(inputs.weight(f"{prefix}.{layer}.{part.parameter}"), norm)
+            return wanda_columns(inputs.weight(inputs.full_name(layer, part)), norm)
 
         return score_members(inputs, self.kinds, member, _input_columns)
 

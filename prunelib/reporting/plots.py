@@ -424,7 +424,12 @@ def widths(plan: dict[str, Any]) -> dict[str, list[float]]:
     original = plan.get("original") or {}
     count = int(original.get("num_hidden_layers") or 0)
     removed = set(plan.get("removed_blocks") or ())
-    layers = {int(layer["index"]): layer.get("kept") or {} for layer in plan.get("layers") or ()}
+    # What runs through the whole model is as wide in every layer.
+    whole = plan.get("kept") or {}
+    layers = {
+        int(layer["index"]): {**(layer.get("kept") or {}), **whole}
+        for layer in plan.get("layers") or ()
+    }
     kinds = list(dict.fromkeys(kind for kept in layers.values() for kind in kept))
     if not kinds:
         return {"block": [math.nan if i in removed else 1.0 for i in range(count)]}
