@@ -71,6 +71,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((name, "llm_pruner", {"strategy": "channel"}) for name in FAMILIES),
         ("glm", "wanda_sp", {"heads": "query_slot"}),
         *((name, "shortgpt", {}) for name in FAMILIES),
+        ("opt", "first_layers", {}),
     ],
 )
 def test_every_step(
@@ -132,6 +133,8 @@ def test_every_step(
     plan = Plan.load(smaller)
     if method == "shortgpt":
         assert len(plan.removed_blocks) == 1
+    elif method == "first_layers":
+        assert plan.kept_layers == (0, 1, 2)
     elif channel:
         # 48 - int(48 * 0.66) of the channels.
         assert len(plan.whole["residual_channel"]) == read_config(smaller)["hidden_size"] == 31

@@ -10,6 +10,8 @@ from conftest import tiny_config
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families import family_of
+from prunelib.methods import create
+from prunelib.methods.base import ScoringInputs
 from prunelib.selection import (
     Rule,
     Target,
@@ -184,6 +186,16 @@ def test_shortgpt_takes_the_nearest_block_count() -> None:
     scores = {"block": [np.array([9, 1, 8, 2, *range(10, 36)], float)]}
     plan = select(scores, family, SMOLLM2, Target("blocks", 2), rule, {})
     assert plan.removed_blocks == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("target", "last"), [(("blocks", 3), 26), (("groups", 0.5), 14), (("parameters", 0.2), 21)]
+)
+def test_first_layers_keeps_the_first(target: tuple[str, float], last: int) -> None:
+    family, method = family_of(SMOLLM2), create("first_layers", {})
+    scores = method.scores(ScoringInputs(family, SMOLLM2, lambda name: pytest.fail(name), {}, 0))
+    plan = select(scores, family, SMOLLM2, Target(*target), method.rule(), {})
+    assert plan.kept_layers == tuple(range(last + 1))
 
 
 @pytest.mark.parametrize(
