@@ -20,7 +20,7 @@ from prunelib.families import family_of
 from prunelib.plan import FILE_NAME as PLAN_FILE
 from prunelib.plan import Plan
 from prunelib.provenance import artefact
-from prunelib.surgery import HEAD, pad_tensors, prune_tensors, pruned_config
+from prunelib.surgery import HEAD, pad_tensors, prune_tensors, pruned_config, zero_tensors
 
 if TYPE_CHECKING:
     import torch
@@ -132,6 +132,44 @@ class WeightReader:
         file, stored = self._where[name]
         tensor: torch.Tensor = file.get_tensor(stored)
         return tensor
+
+
+class MaskedReader:
+    """Reads the tensors of a checkpoint as they are with the units that a plan removes at zero."""
+
+    def __init__(self, directory: Path, plan: Plan) -> None:
+        self._read = WeightReader(directory)
+        self._plan = plan
+        self._config = read_config(directory)
+        self._family = family_of(self._config)
+
+    def __call__(self, name: str) -> torch.Tensor:
+        """Return the tensor ``name``; raises InputError when the checkpoint does not have it."""
+        named = [(name, self._read(name))]
+        ((_, tensor),) = zero_tensors(named, self._family, self._config, self._plan)
+        return tensor
+
+
+def mask_model(model: PreTrainedModel, config: dict[str, Any], plan: Plan) -> None:
+    """Set the units that ``plan`` removes to zero in place; widths stay.
+
+    What is measured of the other units is then what the pruned model would give.
+
+    Args:
+        model: the unpruned model.
+        config: its config.json.
+        plan: a plan for it.
+    """
+    state = model.state_dict()
+    for name, tensor in zero_tensors(state.items(), family_of(config), config, plan):
+        if tensor is not state[name]:
+            state[name].copy_(tensor)
+
+
+def read_plan(directory: Path) -> Plan:
+    """Return the plan of a pruned checkpoint, verified."""
+    artefact.verify(directory, [PLAN_FILE])
+    return Plan.load(directory)
 
 
 def write_tensors(tensors: Iterable[tuple[str, torch.Tensor]], out: Path) -> int:

@@ -265,6 +265,7 @@ def select(
     target: Target,
     rule: Rule,
     produced_by: Mapping[str, Any],
+    previous: Plan | None = None,
 ) -> Plan:
     """Turn scores into a plan; low scores go first, ties by layer and index.
 
@@ -276,13 +277,17 @@ def select(
         target: how much to remove.
         rule: how units are ranked.
         produced_by: recorded in the plan.
+        previous: in iterative pruning the plan of the step before, whose removed units go first,
+            whatever their scores; units are numbered as in the unpruned model in every step.
 
     Raises:
-        InputError: the target cannot be reached, or scores do not fit the model.
+        InputError: the target cannot be reached, or scores or the plan before do not fit.
         NonFiniteError: a score is NaN or infinite; names kind and layer.
     """
     check_reachable(family, config, target, rule)
     _check_scores(scores, family, config, rule)
+    if previous is not None:
+        scores = _behind(scores, previous, rule)
     count = family.dimensions(config).layers
     kinds = {} if rule.kinds == ("block",) else {k: family.kind(config, k) for k in rule.kinds}
     everything = {n: tuple(range(kind.count)) for n, kind in kinds.items() if not kind.whole}
@@ -300,6 +305,8 @@ def select(
             layer_kept = kept[layer]
             assert layer_kept is not None
             layer_kept[kind] = _highest(scores[kind][layer], dropped)
+    if previous is not None:
+        _check_nested(kept, previous)
     return Plan(
         family=family.name,
         model_type=str(config["model_type"]),
@@ -310,6 +317,45 @@ def select(
         produced_by=dict(produced_by),
         whole=whole,
     )
+
+
+def _behind(scores: Scores, previous: Plan, rule: Rule) -> Scores:
+    """Return scores that are the lowest for units which the plan before removed."""
+    check_iterative(rule.kinds)
+    moved: dict[str, list[npt.NDArray[np.float64]]] = {}
+    for kind in rule.kinds:
+        if kind not in previous.units:
+            raise InputError(f"the plan of the step before has no {kind} units")
+        moved[kind] = []
+        for values, layer in zip(scores[kind], previous.kept, strict=True):
+            lowest = np.full_like(values, -np.inf)
+            kept = list((layer or {}).get(kind, ()))
+            lowest[kept] = values[kept]
+            moved[kind].append(lowest)
+    return moved
+
+
+def _check_nested(kept: Sequence[Mapping[str, tuple[int, ...]] | None], previous: Plan) -> None:
+    for index, (now, before) in enumerate(zip(kept, previous.kept, strict=True)):
+        for kind, ids in (now or {}).items():
+            if not set(ids) <= set((before or {}).get(kind, ())):
+                raise InputError(
+                    f"layer {index}, {kind}: the target keeps more units than the step before left"
+                )
+
+
+def check_iterative(kinds: Sequence[str]) -> None:
+    """Refuse to re-estimate units that cannot be scored with removed ones set to zero.
+
+    Raises:
+        InputError: blocks, which are ranked at once, or residual channels, whose norms would count
+            the zeros in.
+    """
+    if kinds in (("block",), (RESIDUAL,)):
+        raise InputError(
+            f"iterative_steps: not for {kinds[0]} units; allowed: methods that prune heads and MLP "
+            "channels"
+        )
 
 
 def _highest(scores: npt.NDArray[np.float64], dropped: int) -> tuple[int, ...]:

@@ -1,7 +1,8 @@
 """Run one statistic pass of a model over a calibration set.
 
 Parameters: ``name`` (a module of prunelib.statistics), ``batch_windows``, ``device``, ``dtype``,
-``threads``. Inputs: ``model`` and ``calibration``.
+``threads``. Inputs: ``model`` and ``calibration``; in iterative pruning also ``previous``, the
+checkpoint of the step before, whose removed units count as zero.
 """
 
 import importlib
@@ -20,7 +21,7 @@ def main(request: StepRequest, out: Path) -> None:
     import torch
     from safetensors.torch import load_file, save_file
 
-    from prunelib.checkpoint import load_model, read_config
+    from prunelib.checkpoint import load_model, mask_model, read_config, read_plan
     from prunelib.families import family_of
 
     params = request.params
@@ -31,6 +32,8 @@ def main(request: StepRequest, out: Path) -> None:
     windows = load_file(request.inputs["calibration"] / "windows.safetensors")["input_ids"]
     config = read_config(request.inputs["model"])
     model = load_model(request.inputs["model"], device=device, dtype=dtype)
+    if "previous" in request.inputs:
+        mask_model(model, config, read_plan(request.inputs["previous"]))
     statistics = importlib.import_module(f"prunelib.statistics.{name}").collect(
         model,
         family_of(config),

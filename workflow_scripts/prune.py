@@ -1,7 +1,8 @@
 """Turn scores and a target into a plan, and the plan into a smaller checkpoint.
 
 Parameters: ``method``, ``variant`` (its catalogue name), ``parameters``, ``target``, ``seed``.
-Inputs: ``model`` and ``scores``.
+Inputs: ``model`` and ``scores``; in iterative pruning also ``previous``, the checkpoint of the step
+before. The plan is one of the unpruned model in every step.
 """
 
 from pathlib import Path
@@ -14,7 +15,7 @@ def main(request: StepRequest, out: Path) -> None:
     """Write the pruned checkpoint with ``plan.json``."""
     from safetensors.numpy import load_file
 
-    from prunelib.checkpoint import prune_checkpoint, read_config
+    from prunelib.checkpoint import prune_checkpoint, read_config, read_plan
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.provenance import artefact
@@ -37,6 +38,7 @@ def main(request: StepRequest, out: Path) -> None:
         Target(**required(params, "target", dict, request.step)),
         method.rule(),
         produced_by,
+        read_plan(request.inputs["previous"]) if "previous" in request.inputs else None,
     )
     prune_checkpoint(source, plan, out)
 

@@ -1,7 +1,8 @@
 """Score all units of a model with one method.
 
 Parameters: ``method``, ``parameters`` (its hyper-parameters but for selection), ``seed``. Inputs:
-``model`` and one statistic pass per name that the method asks for.
+``model`` and one statistic pass per name that the method asks for; in iterative pruning also
+``previous``, the checkpoint of the step before, whose removed units count as zero.
 """
 
 import json
@@ -16,7 +17,7 @@ def main(request: StepRequest, out: Path) -> None:
     from safetensors.numpy import save_file
     from safetensors.torch import load_file
 
-    from prunelib.checkpoint import WeightReader, read_config
+    from prunelib.checkpoint import MaskedReader, WeightReader, read_config, read_plan
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.methods.base import ScoringInputs
@@ -26,12 +27,16 @@ def main(request: StepRequest, out: Path) -> None:
         required(params, "method", str, request.step),
         required(params, "parameters", dict, request.step),
     )
-    config = read_config(request.inputs["model"])
+    source = request.inputs["model"]
+    config = read_config(source)
+    weight: WeightReader | MaskedReader = WeightReader(source)
+    if "previous" in request.inputs:
+        weight = MaskedReader(source, read_plan(request.inputs["previous"]))
     scores = method.scores(
         ScoringInputs(
             family=family_of(config),
             config=config,
-            weight=WeightReader(request.inputs["model"]),
+            weight=weight,
             statistics={
                 name: load_file(request.inputs[name] / "statistics.safetensors")
                 for name in method.statistics

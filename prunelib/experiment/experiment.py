@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
@@ -29,7 +29,7 @@ from prunelib.methods.base import Method
 from prunelib.selection import Target, check_reachable
 
 # Selection only: two variants that differ in these share their scores.
-_SELECTION_FIELDS = ("ranking", "round_to")
+_SELECTION_FIELDS = ("ranking", "round_to", "iterative_steps")
 
 
 @dataclass(frozen=True, eq=False)
@@ -78,6 +78,13 @@ class Cell:
                 for name in names
             },
         }
+
+
+def _after(previous: Node | None) -> tuple[tuple[str, ...], dict[str, Node]]:
+    """Return labels and inputs of a step that goes on from a partly pruned model."""
+    return (
+        ((), {}) if previous is None else (("after", *previous.labels[1:]), {"previous": previous})
+    )
 
 
 def _target_label(target: Target) -> str:
@@ -287,14 +294,15 @@ class Experiment:
         return Node("calibration", (name, model, f"seed{seed}"), params, inputs)
 
     @cache  # noqa: B019
-    def _statistics(self, model: str, name: str, seed: int) -> Node:
+    def _statistics(self, model: str, name: str, seed: int, previous: Node | None = None) -> Node:
         compute = self._compute | {"batch_windows": self.data["compute"]["batch_windows"]}
         inputs = {"model": self._model(model), "calibration": self._calibration(model, seed)}
+        after, more = _after(previous)
         return Node(
             "statistics",
-            (model, name, self.data["calibration"], f"seed{seed}"),
+            (model, name, self.data["calibration"], f"seed{seed}", *after),
             compute | {"name": name},
-            inputs,
+            inputs | more,
             (f"prunelib.statistics.{name}", self._family(model)),
         )
 
@@ -302,7 +310,7 @@ class Experiment:
         return bool(method.statistics) or method.seeded
 
     @cache  # noqa: B019
-    def _scores(self, model: str, variant: str, seed: int) -> Node:
+    def _scores(self, model: str, variant: str, seed: int, previous: Node | None = None) -> Node:
         entry = self.catalogues["methods"][variant]
         method = self.methods[variant]
         parameters = {
@@ -316,15 +324,27 @@ class Experiment:
             "seed": seed if method.seeded else None,
         }
         inputs = {"model": self._model(model)}
-        inputs |= {name: self._statistics(model, name, seed) for name in method.statistics}
-        labels = (model, variant, *((f"seed{seed}",) if self._seeded(method) else ()))
+        inputs |= {
+            name: self._statistics(model, name, seed, previous) for name in method.statistics
+        }
+        after, more = _after(previous)
+        inputs |= more
+        labels = (model, variant, *((f"seed{seed}",) if self._seeded(method) else ()), *after)
         modules = (method_module(entry["method"]), self._family(model))
         return Node("scores", labels, params, inputs, modules)
 
     @cache  # noqa: B019
-    def _prune(self, model: str, variant: str, target: Target, seed: int) -> Node:
+    def _prune(
+        self, model: str, variant: str, target: Target, seed: int, step: int | None = None
+    ) -> Node:
+        """Return the step that reaches ``target``, or ``step`` of the method's iterative steps."""
         entry = self.catalogues["methods"][variant]
         method = self.methods[variant]
+        steps = method.iterative_steps if target.value else 1
+        whole, step = target, steps if step is None else step
+        previous = self._prune(model, variant, target, seed, step - 1) if step > 1 else None
+        if step < steps:
+            target = replace(target, value=target.value * step / steps)
         params = {
             "method": entry["method"],
             "variant": variant,
@@ -337,12 +357,17 @@ class Experiment:
             },
             "seed": seed if self._seeded(method) else None,
         }
-        inputs = {"model": self._model(model), "scores": self._scores(model, variant, seed)}
+        inputs = {
+            "model": self._model(model),
+            "scores": self._scores(model, variant, seed, previous),
+        }
+        inputs |= _after(previous)[1]
         labels = (
             model,
             variant,
-            _target_label(target),
+            _target_label(whole),
             *((f"seed{seed}",) if self._seeded(method) else ()),
+            *((f"step{step}of{steps}",) if step < steps else ()),
         )
         modules = (method_module(entry["method"]), self._family(model))
         return Node("prune", labels, params, inputs, modules)

@@ -17,7 +17,7 @@ import numpy as np
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.families.base import RESIDUAL
-from prunelib.selection import Rule, Scores
+from prunelib.selection import Rule, Scores, check_iterative
 
 if TYPE_CHECKING:
     import torch
@@ -73,6 +73,8 @@ class Method(ABC):
         heads: what attention is pruned by: ``kv_group``, or ``query_slot`` for models whose few
             kv heads allow nothing fine.
         statistics: passes over calibration data that the method needs; empty for data-free ones.
+        iterative_steps: in how many equal steps the target is reached, each with statistics and
+            scores of what the steps before left (LLM-Pruner's option of that name).
         strategies: the values of ``strategy`` that the method has scores for.
         seeded: whether scores depend on the seed even without calibration data.
         title: name for tables.
@@ -83,6 +85,7 @@ class Method(ABC):
     round_to: int = 1
     strategy: str = "block"
     heads: str = "kv_group"
+    iterative_steps: int = 1
 
     strategies: ClassVar[tuple[str, ...]] = ("block",)
     seeded: ClassVar[bool] = False
@@ -112,6 +115,12 @@ class Method(ABC):
             raise InputError(
                 "strategy channel has one ranking and no heads; allowed: neither ranking nor heads"
             )
+        if self.iterative_steps < 1:
+            raise InputError(
+                f"iterative_steps {self.iterative_steps} given; a whole number from 1 allowed"
+            )
+        if self.iterative_steps > 1:
+            check_iterative(self.kinds)
         return Rule(self.kinds, self.ranking, self.round_to)
 
     @abstractmethod
