@@ -350,7 +350,7 @@ def test_sum_over_members_covers_every_slice() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("nothing", {}, "method 'nothing' is unknown; known: llm_pruner, magnitude"),
+        ("nothing", {}, "method 'nothing' is unknown; known: first_layers, llm_pruner, magnitude"),
         ("magnitude", {"order": 3}, "1 and 2 allowed"),
         ("magnitude", {"power": 2}, "unknown hyper-parameter power"),
         ("llm_pruner", {"criterion": "best"}, "allowed: vector, element1"),
