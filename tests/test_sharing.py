@@ -431,20 +431,20 @@ def test_what_was_made_elsewhere_takes_its_place_whole_or_not_at_all(lab: MadeUp
 
     for write, message in (
         (half, "not a whole artefact"),
-        (disk_full, "No space left on device .* free"),
-        (compiled_disk_full, "No space left on device .* free"),
+        (disk_full, "no space left on device .* free"),
+        (compiled_disk_full, "no space left on device .* free"),
     ):
         with pytest.raises(PrunelibError, match=message):
-            obtaining.adopt(out, node.key, write)
+            artefact.adopt(out, node.key, write)
         assert list(out.parent.iterdir()) == []
     with pytest.raises(IntegrityError, match="0000000000000000"):
-        obtaining.adopt(out, "0000000000000000", copy)
+        artefact.adopt(out, "0000000000000000", copy)
     # What is in the way and no artefact gives way; a valid one stays.
     out.mkdir()
     (out / "provenance.json").write_text("{}")
-    assert obtaining.adopt(out, node.key, copy)
+    assert artefact.adopt(out, node.key, copy)
     assert contents(out) == contents(source)
-    assert not obtaining.adopt(out, node.key, copy)
+    assert not artefact.adopt(out, node.key, copy)
     assert [path.name for path in out.parent.iterdir()] == [node.key]
 
 

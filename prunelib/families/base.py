@@ -14,7 +14,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import numpy as np
 import numpy.typing as npt
@@ -216,6 +216,8 @@ class Family(ABC):
 
     name: ClassVar[str]
     layer_prefix: ClassVar[str]
+    # What the last layer's output passes before the head.
+    last_norm: ClassVar[str]
     # The embedding of tokens, which a tied head shares.
     embedding: ClassVar[str]
     # Whether transformers' code of it always forms the scores of all pairs of positions.
@@ -267,13 +269,13 @@ class Family(ABC):
     def modeling_file(self) -> str:
         """Return the path of the self-contained modelling file saved beside non-stock weights."""
 
-    @abstractmethod
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the model's decoder layers."""
+        return cast("nn.ModuleList", model.get_submodule(self.layer_prefix))
 
-    @abstractmethod
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """Return what stands between the last layer's output and the language-model head."""
+        return model.get_submodule(self.last_norm)
 
     def zero_block_is_neutral(self, config: Config) -> bool:
         """Return whether a block of zeros hands its input on unchanged, as a removed one does."""

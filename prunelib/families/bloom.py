@@ -26,7 +26,6 @@ from prunelib.families.base import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MODEL_TYPES = ("bloom", "pruned_bloom")
@@ -58,6 +57,7 @@ class BloomFamily(Family):
 
     name = "bloom"
     layer_prefix = "transformer.h"
+    last_norm = "transformer.ln_f"
     embedding = "transformer.word_embeddings.weight"
     plain_attention = True
 
@@ -212,18 +212,6 @@ class BloomFamily(Family):
         from prunelib.families import modeling_pruned_bloom
 
         return modeling_pruned_bloom.__file__
-
-    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        """Return ``model.transformer.h``."""
-        body: Any = model.transformer
-        layers: nn.ModuleList = body.h
-        return layers
-
-    def final_norm(self, model: PreTrainedModel) -> nn.Module:
-        """Return ``model.transformer.ln_f``."""
-        body: Any = model.transformer
-        norm: nn.Module = body.ln_f
-        return norm
 
     def zero_block_is_neutral(self, config: Config) -> bool:
         """With this switch the residual stream itself passes through the norms of a block."""

@@ -26,7 +26,6 @@ from prunelib.families.base import (
 )
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedConfig, PreTrainedModel
 
 MODEL_TYPES = (
@@ -117,6 +116,7 @@ class LlamaFamily(Family):
 
     name = "llama"
     layer_prefix = "model.layers"
+    last_norm = "model.norm"
     embedding = "model.embed_tokens.weight"
     # The linear maps that read what the second norm of a layer gives.
     mlp_inputs: ClassVar[tuple[str, ...]] = ("mlp.gate_proj", "mlp.up_proj")
@@ -281,16 +281,6 @@ class LlamaFamily(Family):
         from prunelib.families import modeling_pruned_llama
 
         return modeling_pruned_llama.__file__
-
-    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        """Return ``model.model.layers``."""
-        layers: nn.ModuleList = model.model.layers
-        return layers
-
-    def final_norm(self, model: PreTrainedModel) -> nn.Module:
-        """Return ``model.model.norm``."""
-        norm: nn.Module = model.model.norm
-        return norm
 
 
 FAMILY = LlamaFamily

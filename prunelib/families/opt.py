@@ -58,6 +58,7 @@ class OptFamily(Family):
 
     name = "opt"
     layer_prefix = "model.decoder.layers"
+    last_norm = "model.decoder.final_layer_norm"
     embedding = "model.decoder.embed_tokens.weight"
 
     def check(self, config: Config) -> None:
@@ -230,11 +231,6 @@ class OptFamily(Family):
         from prunelib.families import modeling_pruned_opt
 
         return modeling_pruned_opt.__file__
-
-    def layers(self, model: PreTrainedModel) -> nn.ModuleList:
-        """Return ``model.model.decoder.layers``."""
-        layers: nn.ModuleList = model.model.decoder.layers
-        return layers
 
     def final_norm(self, model: PreTrainedModel) -> nn.Module:
         """Return the final norm and the projection to the embedding's width, as far as there."""

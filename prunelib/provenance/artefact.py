@@ -16,8 +16,9 @@ import re
 import shutil
 import stat
 import time
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from datetime import UTC, datetime
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -207,35 +208,80 @@ def commit(
     if is_valid(out, key):
         _log.info("%s is there already", out)
         return False
+    started, clock = datetime.now(UTC), time.monotonic()
+    try:
+        with _filling(out) as scratch:
+            write(scratch)
+            if check is not None:
+                check()
+            record = {
+                "schema": SCHEMA_VERSION,
+                **provenance,
+                "files": _flush_and_hash(scratch),
+                "started": started.isoformat(timespec="seconds"),
+                "finished": datetime.now(UTC).isoformat(timespec="seconds"),
+                "seconds": round(time.monotonic() - clock, 3),
+                "peak_memory_bytes": peak_memory_bytes(),
+            }
+            _write_record(scratch, record)
+            return _publish(scratch, out, key)
+    except PrunelibError:
+        raise
+    except Exception:
+        if is_valid(out, key):
+            _log.warning("failed, but another writer has finished %s", out, exc_info=True)
+            return False
+        raise
+
+
+def adopt(out: Path, key: str, fill: Callable[[Path], None]) -> bool:
+    """Give an artefact that was made elsewhere its place here, whole or not at all.
+
+    Args:
+        out: final directory.
+        key: its content key.
+        fill: writes all files, the record among them, into the directory it is given, and checks
+            them.
+
+    Returns:
+        False if a valid one is there already.
+
+    Raises:
+        IntegrityError: what was written is not a valid artefact of this key.
+        PrunelibError: the disk is full. Errors of ``fill`` pass through. In every case nothing is
+            left behind.
+    """
+    remove_dead_writers(out)
+    if is_valid(out, key):
+        return False
+    with _filling(out) as scratch:
+        fill(scratch)
+        if not is_valid(scratch, key):
+            raise IntegrityError(f"what came is not a whole artefact of the key {key}")
+        for path in (*scratch.rglob("*"), scratch):
+            _flush(path)
+        return _publish(scratch, out, key)
+
+
+@contextmanager
+def _filling(out: Path) -> Iterator[Path]:
+    """Give a scratch directory beside ``out`` that shows a heartbeat and is gone afterwards.
+
+    Raises:
+        PrunelibError: in place of an error about a full disk.
+    """
     scratch = _scratch(out, "tmp")
     remove(scratch)
-    started, clock = datetime.now(UTC), time.monotonic()
     stop_heartbeat = start_heartbeat(lambda: _touch(scratch), _BEAT_SECONDS)
     try:
         scratch.mkdir(parents=True)
-        write(scratch)
-        if check is not None:
-            check()
-        record = {
-            "schema": SCHEMA_VERSION,
-            **provenance,
-            "files": _flush_and_hash(scratch),
-            "started": started.isoformat(timespec="seconds"),
-            "finished": datetime.now(UTC).isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - clock, 3),
-            "peak_memory_bytes": peak_memory_bytes(),
-        }
-        _write_record(scratch, record)
-        return _publish(scratch, out, key)
+        yield scratch
     except PrunelibError:
         raise
     except Exception as error:
         full = disk_full(error, scratch)
         if full:
             raise PrunelibError(full) from error
-        if is_valid(out, key):
-            _log.warning("failed, but another writer has finished %s", out, exc_info=True)
-            return False
         raise
     finally:
         stop_heartbeat()
@@ -323,12 +369,12 @@ def _flush_and_hash(scratch: Path) -> dict[str, dict[str, Any]]:
     if not files:
         raise PrunelibError("no file was written")
     for directory in (path for path in scratch.rglob("*") if path.is_dir()):
-        _flush_directory(directory)
+        _flush(directory)
     return files
 
 
-def _flush_directory(directory: Path) -> None:
-    descriptor = os.open(directory, os.O_RDONLY)
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
     except OSError as error:
@@ -345,7 +391,7 @@ def _write_record(scratch: Path, record: Mapping[str, Any]) -> None:
         file.write("\n")
         file.flush()
         os.fsync(file.fileno())
-    _flush_directory(scratch)
+    _flush(scratch)
 
 
 def _publish(scratch: Path, out: Path, key: str) -> bool:
@@ -361,7 +407,7 @@ def _publish(scratch: Path, out: Path, key: str) -> bool:
             if error.errno not in _OCCUPIED:
                 raise
         else:
-            _flush_directory(out.parent)
+            _flush(out.parent)
             return True
         if is_valid(out, key):
             return False

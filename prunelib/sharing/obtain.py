@@ -6,11 +6,8 @@ their plans, beside their final place, and take it by one rename when their sha2
 
 from __future__ import annotations
 
-import errno
-import os
 import shutil
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -18,7 +15,6 @@ from pathlib import Path
 from prunelib.errors import IntegrityError, PrunelibError
 from prunelib.experiment.graph import Node
 from prunelib.provenance import artefact
-from prunelib.provenance.liveness import host_name
 from prunelib.sharing.repository import (
     awaited,
     in_words,
@@ -31,7 +27,6 @@ from prunelib.sharing.repository import (
 from prunelib.sharing.store import Store
 
 Say = Callable[[str], None]
-_OCCUPIED = (errno.ENOTEMPTY, errno.EEXIST, errno.ENOTDIR)
 _SPARE_BYTES = 16 * 1024**2
 
 
@@ -183,75 +178,12 @@ def _export(store: Store, node: Node, out: Path) -> None:
 
 def _attempt(node: Node, fill: Callable[[Path], None], done: str, say: Say) -> int:
     try:
-        adopt(node.directory, node.key, fill)
+        artefact.adopt(node.directory, node.key, fill)
     except PrunelibError as error:
         say(f"error     {node.directory}: {error}")
         return 1
     say(f"{done:9} {node.directory}")
     return 0
-
-
-def adopt(out: Path, key: str, fill: Callable[[Path], None]) -> bool:
-    """Give an artefact that was made elsewhere its place here, whole or not at all.
-
-    Args:
-        out: final directory.
-        key: its content key.
-        fill: writes all files, provenance.json among them, into the directory it is given, and
-            checks them.
-
-    Returns:
-        False if a valid one is there already.
-
-    Raises:
-        IntegrityError: what was written is not a valid artefact of this key.
-        PrunelibError: the disk is full. Errors of ``fill`` pass through. In every case nothing is
-            left behind.
-    """
-    out.parent.mkdir(parents=True, exist_ok=True)
-    artefact.remove_dead_writers(out)
-    scratch, aside = (
-        out.with_name(f"{out.name}.{kind}-{host_name()}-{os.getpid()}") for kind in ("tmp", "old")
-    )
-    artefact.remove(scratch)
-    try:
-        scratch.mkdir()
-        fill(scratch)
-        if not artefact.is_valid(scratch, key):
-            raise IntegrityError(f"what came is not a whole artefact of the key {key}")
-        _flush(scratch)
-        while not artefact.is_valid(out, key):
-            try:
-                scratch.rename(out)
-                return True
-            except OSError as error:
-                if error.errno not in _OCCUPIED:
-                    raise
-            artefact.remove(aside)
-            with suppress(FileNotFoundError):
-                out.rename(aside)
-    except PrunelibError:
-        raise
-    except Exception as error:
-        # Writers in compiled code have errors of their own for a full disk.
-        if not isinstance(error, OSError) and "No space left" not in str(error):
-            raise
-        free = in_words(shutil.disk_usage(out.parent).free)
-        words = error.strerror if isinstance(error, OSError) else "No space left on device"
-        raise PrunelibError(f"{words} while it was written, {free} free") from error
-    finally:
-        artefact.remove(scratch)
-        artefact.remove(aside)
-    return False
-
-
-def _flush(directory: Path) -> None:
-    for path in (*directory.rglob("*"), directory):
-        descriptor = os.open(path, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
 
 
 def check_room(needs: Mapping[Path, int]) -> None:
