@@ -68,10 +68,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("name", "method", "parameters"),
     [
         *((name, "llm_pruner", {}) for name in FAMILIES),
+        *((name, "llm_pruner", {"ranking": "global"}) for name in FAMILIES),
         *((name, "llm_pruner", {"strategy": "channel"}) for name in FAMILIES),
         ("glm", "wanda_sp", {"heads": "query_slot"}),
         *((name, "shortgpt", {}) for name in FAMILIES),
-        ("opt", "first_layers", {}),
+        *((name, "first_layers", {}) for name in FAMILIES),
     ],
 )
 def test_every_step(
@@ -138,6 +139,22 @@ def test_every_step(
     elif channel:
         # 48 - int(48 * 0.66) of the channels.
         assert len(plan.whole["residual_channel"]) == read_config(smaller)["hidden_size"] == 31
+    elif "ranking" in parameters:
+        # One list of all units of the three layers that are not protected: the lowest go.
+        values = load_file(scores / "scores.safetensors")
+        ranked = sorted(
+            (float(value), kind, layer, unit)
+            for kind in plan.units
+            for layer in (1, 2, 3)
+            for unit, value in enumerate(values[f"{kind}.{layer}"])
+        )
+        gone = {
+            (kind, layer, unit)
+            for layer, kept in enumerate(plan.kept)
+            for kind, count in plan.units.items()
+            for unit in set(range(count)) - set((kept or {})[kind])
+        }
+        assert gone == {place[1:] for place in ranked[: int(0.34 * len(ranked))]}
     else:
         heads = parameters.get("heads", "kv_group")
         sizes = family_of(config).units(config)

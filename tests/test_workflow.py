@@ -17,6 +17,7 @@ from typing import Any
 
 import pytest
 import yaml
+from conftest import tiny_model, tiny_tokenizer
 from tiny_project import (
     CATALOGUES,
     EXPERIMENT,
@@ -117,6 +118,39 @@ def test_file_times_and_snakemake_s_metadata_do_not_matter(project: Path) -> Non
         os.utime(path, (10**9 + number % 7, 10**9 + number % 7))
     run = snakemake(project, "-n")
     assert "Nothing to be done" in run.stdout + run.stderr
+
+
+@pytest.mark.long
+def test_one_model_of_each_other_family(tmp_path: Path) -> None:
+    make_project(tmp_path)
+    models = {"opt": "opt", "bloom": "bloom", "glm": "glm-tied"}
+    for name, tiny in models.items():
+        tiny_model(tiny).save_pretrained(tmp_path / name)
+        tiny_tokenizer().save_pretrained(tmp_path / name)
+    entries = {name: {"source": f"dir:{name}", "licence": "Apache-2.0"} for name in models}
+    (tmp_path / "catalogue" / "models.yaml").write_text(yaml.safe_dump(entries))
+    evaluation = {"small": {"perplexity": CATALOGUES["evaluation"]["small"]["perplexity"]}}
+    (tmp_path / "catalogue" / "evaluation.yaml").write_text(yaml.safe_dump(evaluation))
+    experiment = {"models": list(models), "methods": ["element1"], "recovery": []}
+    write_experiment(tmp_path, EXPERIMENT | experiment)
+    run = snakemake(tmp_path)
+    assert run.returncode == 0, run.stderr[-3000:]
+    for name in models:
+        perplexity = {
+            row["control"]: float(row["perplexity"])
+            for row in rows(tmp_path)
+            if row["model"].startswith(name)
+        }
+        assert len(perplexity) == 3
+        assert perplexity["prune_zero"] == perplexity["dense"]
+        assert len(set(perplexity.values())) == 2
+        record = json.loads(
+            (
+                artefact(tmp_path, "prune", f"{name}/element1/groups-0.34") / "provenance.json"
+            ).read_text()
+        )
+        assert any(d.startswith(f"prunelib.families.{name}:") for d in record["definitions"])
+        assert f"modeling_pruned_{name}.py" in record["files"]
 
 
 @pytest.mark.long
