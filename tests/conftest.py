@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 from slurm_cluster import report_missed
+
+# Tiny models gain nothing from threads, and those of two workers would wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 LLAMA_LIKE = {
     "num_hidden_layers": 4,
