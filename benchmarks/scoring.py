@@ -1,6 +1,6 @@
 """Time and memory of gradient scoring against a plain forward and a plain full backward pass.
 
-Over the same calibration windows, each in a fresh process:
+Over the same calibration windows:
 
 * ``forward``: the model's loss without a graph;
 * ``backward``: one loss and one backward pass that keeps the gradients of all weights;
@@ -8,11 +8,16 @@ Over the same calibration windows, each in a fresh process:
 * ``all``: the pass of every gradient criterion (``fisher``);
 * ``second``, ``mixed``: that pass with nothing but one criterion reduced.
 
-Limits hold seconds of wall time; CPU seconds, which suffer less from what else the machine does,
-are printed beside them. Memory is the peak resident memory (VmHWM, reset after loading) above what
-is resident with the weights loaded. Models: the embedded one with 10 x 128 tokens of its
-calibration articles, and (``--large``) a random one of TinyLlama's shape, 1.1 B parameters in fp32
-(4.4 GB, and as much for the plain pass's gradients: 12 GB of memory), with 4 x 128 random tokens.
+Memory is measured with each pass in a fresh process: the peak resident memory (VmHWM, reset after
+loading) above what is resident with the weights loaded. There glibc's threshold for mapping memory
+is fixed, since it otherwise moves by itself and the peak with it, by hundreds of MB; with it fixed,
+a third of the time goes into faulting pages in. Time is therefore measured without it, in one
+process that runs all passes in turn, round after round; the median of the rounds' ratios counts.
+CPU seconds, which suffer less from what else the machine does, are printed beside.
+
+Models: the embedded one with 10 x 128 tokens of its calibration articles, and (``--large``) a
+random one of TinyLlama's shape, 1.1 B parameters in fp32 (4.4 GB, and as much for the plain pass's
+gradients: 12 GB of memory), with 4 x 128 random tokens.
 
     python benchmarks/scoring.py            # on the newest fetched model and text
     python benchmarks/scoring.py --large
@@ -23,8 +28,10 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -32,7 +39,7 @@ from typing import TYPE_CHECKING, Any
 from artefacts import newest_artefact
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Mapping, Sequence
 
     import torch
 
@@ -43,6 +50,7 @@ LARGE = Path(__file__).parent.parent / "config" / "models" / "tinyllama-1.1b.jso
 MOST_TIME = 1.0
 MOST_MEMORY = 0.4
 MOST_TOGETHER = 1.4
+MOST_ANOTHER = 0.1
 
 
 def status_bytes(field: str) -> int:
@@ -130,14 +138,18 @@ def passes(model: Any, config: Config) -> dict[str, Callable[[torch.Tensor], Any
     }
 
 
-def worker(options: argparse.Namespace) -> dict[str, Any]:
-    """Measure one pass in this process."""
-    import torch
-
+def load(options: argparse.Namespace) -> tuple[dict[str, Callable[[Any], Any]], Any, torch.Tensor]:
+    """Return what is measured by name, the model and its windows."""
     model, config, windows = (
         random_large() if options.large else embedded(options.model, options.text)
     )
-    run = passes(model, config)[options.worker]
+    return passes(model, config), model, windows
+
+
+def peak(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the memory of one pass in this process."""
+    runs, model, windows = load(options)
+    run = runs[options.worker]
     # Warm up, and bring mapped weights into memory.
     run(windows[:2, :8])
     model.zero_grad(set_to_none=True)
@@ -145,28 +157,74 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     loaded = status_bytes("VmRSS")
     # 5 sets the peak back to what is resident now.
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    seconds, cpu = [], []
-    for _ in range(options.repeats):
-        begin, begin_cpu = time.perf_counter(), time.process_time()
-        run(windows)
-        cpu.append(time.process_time() - begin_cpu)
-        seconds.append(time.perf_counter() - begin)
+    run(windows)
     return {
-        "seconds": seconds,
-        "cpu_seconds": cpu,
         "loaded_bytes": loaded,
         "peak_bytes": status_bytes("VmHWM") - loaded,
-        "threads": torch.get_num_threads(),
-        "tokens": windows.numel(),
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "checksum": touched,
     }
 
 
+def rounds(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure the time of all passes in turn in this process."""
+    import torch
+
+    runs, model, windows = load(options)
+    found: dict[str, Any] = {
+        "threads": torch.get_num_threads(),
+        "tokens": windows.numel(),
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "seconds": {name: [] for name in PASSES},
+        "cpu_seconds": {name: [] for name in PASSES},
+    }
+    for run in runs.values():
+        run(windows[:2, :8])
+    found["ratios"] = []
+    for _ in range(options.repeats):
+        if not options.large:
+            found["ratios"].append(ratios(options.model, model, windows))
+        for name in PASSES:
+            model.zero_grad(set_to_none=True)
+            begin, begin_cpu = time.perf_counter(), time.process_time()
+            runs[name](windows)
+            found["cpu_seconds"][name].append(time.process_time() - begin_cpu)
+            found["seconds"][name].append(time.perf_counter() - begin)
+    return found
+
+
+def ratios(source: Path, model: Any, windows: torch.Tensor) -> tuple[float, float]:
+    """Return the seconds from windows to a first pruned checkpoint, and to one of another ratio."""
+    from prunelib.checkpoint import WeightReader, prune_checkpoint, read_config
+    from prunelib.families import family_of
+    from prunelib.methods import create
+    from prunelib.methods.base import ScoringInputs
+    from prunelib.selection import Target, select
+    from prunelib.statistics import gradients
+
+    config = read_config(source)
+    family, method = family_of(config), create("llm_pruner", {})
+
+    def prune(value: float) -> None:
+        target = Target("parameters", value, protect_first=4, protect_last=4)
+        with tempfile.TemporaryDirectory(dir="results") as place:
+            plan = select(scores, family, config, target, method.rule(), {})
+            prune_checkpoint(source, plan, Path(place))
+
+    begin = time.perf_counter()
+    found = gradients.collect(model, family, config, windows, len(windows))
+    inputs = ScoringInputs(family, config, WeightReader(source), {"gradients": found}, 0)
+    scores = method.scores(inputs)
+    prune(0.2)
+    middle = time.perf_counter()
+    prune(0.1)
+    return middle - begin, time.perf_counter() - middle
+
+
 def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Run ``worker`` for one pass in a process of its own."""
-    # glibc moves this threshold by itself, and the peak with it by hundreds of MB.
-    environment = os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"}
+    """Run ``peak`` for one pass, or ``rounds`` if it is ``time``, in a process of its own."""
+    environment = dict(os.environ)
+    if name != "time":
+        environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
     command = [sys.executable, __file__, "--worker", name, "--repeats", str(options.repeats)]
     command += ["--large"] if options.large else []
     command += ["--model", str(options.model), "--text", str(options.text)]
@@ -183,53 +241,73 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="checkpoint directory")
     parser.add_argument("--text", type=Path, help="directory with articles.jsonl")
     parser.add_argument("--large", action="store_true", help="1.1 B random parameters instead")
-    parser.add_argument("--repeats", type=int, help="default 2; 1 with --large")
+    parser.add_argument("--repeats", type=int, help="rounds; default 3, 1 with --large")
     parser.add_argument("--json", type=Path, help="write the figures here")
-    parser.add_argument("--worker", choices=PASSES, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", choices=(*PASSES, "time"), help=argparse.SUPPRESS)
     options = parser.parse_args()
-    options.repeats = options.repeats or (1 if options.large else 2)
+    options.repeats = options.repeats or (1 if options.large else 3)
     if not options.large:
         options.model = options.model or newest_artefact("fetch_model")
         options.text = options.text or newest_artefact("fetch_text")
     if options.worker:
-        print(json.dumps(worker(options)))
+        print(json.dumps(rounds(options) if options.worker == "time" else peak(options)))
         return 0
-    found = {}
+    time_ = measure(options, "time")
+    seconds, cpu = time_["seconds"], time_["cpu_seconds"]
+    memory = {}
     for name in PASSES:
-        figures = found[name] = measure(options, name)
-        shown = ", ".join(f"{seconds:.2f}" for seconds in figures["seconds"])
+        memory[name] = measure(options, name)["peak_bytes"]
+        shown = ", ".join(f"{value:.2f}" for value in seconds[name])
         print(
-            f"{name:9} {shown} s, {min(figures['cpu_seconds']):.2f} CPU s, "
-            f"{figures['peak_bytes'] / 1e9:.3f} GB above the weights",
+            f"{name:9} {shown} s, {min(cpu[name]):.2f} CPU s, "
+            f"{memory[name] / 1e9:.3f} GB above the weights",
             flush=True,
         )
-    first = found["forward"]
     print(
-        f"{first['parameters']:,} parameters, {first['tokens']:,} tokens, fp32, "
-        f"{first['threads']} threads; the fastest of {options.repeats} counts"
+        f"{time_['parameters']:,} parameters, {time_['tokens']:,} tokens, fp32, "
+        f"{time_['threads']} threads; medians of {options.repeats} rounds"
     )
-    seconds = {name: min(figures["seconds"]) for name, figures in found.items()}
-    cpu = {name: min(figures["cpu_seconds"]) for name, figures in found.items()}
-    memory = {name: figures["peak_bytes"] for name, figures in found.items()}
+
+    def ratio(
+        name: str, others: Sequence[str], of: Mapping[str, Sequence[float]] = seconds
+    ) -> float:
+        """Return the median over rounds of a pass's time by that of the slowest of others."""
+        slowest = map(max, *(of[other] for other in others), [0.0] * len(of[name]))
+        middle: float = statistics.median(
+            mine / theirs for mine, theirs in zip(of[name], slowest, strict=True)
+        )
+        return middle
+
     for name in ("first", "all"):
         print(
-            f"{name}: {seconds[name] / seconds['forward']:.2f} forward, "
-            f"{seconds[name] / seconds['backward']:.2f} backward passes "
-            f"(CPU {cpu[name] / cpu['forward']:.2f}, {cpu[name] / cpu['backward']:.2f}); "
+            f"{name}: {ratio(name, ['forward']):.2f} forward, "
+            f"{ratio(name, ['backward']):.2f} backward passes "
+            f"(CPU {ratio(name, ['forward'], cpu):.2f}, {ratio(name, ['backward'], cpu):.2f}); "
             f"{memory[name] / memory['backward']:.3f} of the backward pass's memory"
         )
-    slowest = max(seconds[name] for name in ("first", "second", "mixed"))
-    separate = (seconds["first"] + seconds["all"]) / max(seconds["first"], seconds["all"])
-    print(f"both passes, as when an experiment names both: {separate:.2f} times the slower one")
+    together = 1 + statistics.median(
+        min(pair) / max(pair) for pair in zip(seconds["first"], seconds["all"], strict=True)
+    )
+    print(f"both passes, as when an experiment names both: {together:.2f} times the slower one")
     claims = [
-        ("first order / backward, time", seconds["first"] / seconds["backward"], MOST_TIME),
+        ("first order / backward, time", ratio("first", ["backward"]), MOST_TIME),
         ("first order / backward, memory", memory["first"] / memory["backward"], MOST_MEMORY),
-        ("all criteria in one pass / slowest alone", seconds["all"] / slowest, MOST_TOGETHER),
+        (
+            "all criteria in one pass / slowest alone",
+            ratio("all", ["first", "second", "mixed"]),
+            MOST_TOGETHER,
+        ),
     ]
+    if time_["ratios"]:
+        another = statistics.median(second / first for first, second in time_["ratios"])
+        claims.append(("another ratio of a scored method / the first", another, MOST_ANOTHER))
+        print("seconds to the first checkpoint, to another:", time_["ratios"])
     for line, value, most in claims:
         print(f"{'pass' if value <= most else 'FAIL'}  {line}: {value:.3f} <= {most}")
     if options.json:
-        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+        options.json.write_text(
+            json.dumps(time_ | {"peak_bytes": memory}, indent=1) + "\n", encoding="utf-8"
+        )
     return 0 if all(value <= most for _, value, most in claims) else 1
 
 
