@@ -1,8 +1,9 @@
 """Run one statistic pass of a model over a calibration set.
 
 Parameters: ``name`` (a module of prunelib.statistics), ``batch_windows``, ``device``, ``dtype``,
-``threads``. Inputs: ``model`` and ``calibration``; in iterative pruning also ``previous``, the
-checkpoint of the step before, whose removed units count as zero.
+``threads``; of a pass that is told more, ``options`` and ``seed``. Inputs: ``model`` and
+``calibration``; in iterative pruning also ``previous``, the checkpoint of the step before, whose
+removed units count as zero.
 """
 
 import importlib
@@ -31,15 +32,26 @@ def main(request: StepRequest, out: Path) -> None:
     torch.set_num_threads(required(params, "threads", int, request.step))
     windows = load_file(request.inputs["calibration"] / "windows.safetensors")["input_ids"]
     config = read_config(request.inputs["model"])
-    model = load_model(request.inputs["model"], device=device, dtype=dtype)
-    if "previous" in request.inputs:
-        mask_model(model, config, read_plan(request.inputs["previous"]))
-    statistics = importlib.import_module(f"prunelib.statistics.{name}").collect(
+    plan = read_plan(request.inputs["previous"]) if "previous" in request.inputs else None
+    collector = importlib.import_module(f"prunelib.statistics.{name}")
+    options = dict(params.get("options", {}))
+    if options.pop("streamed", False):
+        model = collector.StreamedLayers(
+            request.inputs["model"], device=device, dtype=dtype, plan=plan
+        )
+    else:
+        model = load_model(request.inputs["model"], device=device, dtype=dtype)
+        if plan is not None:
+            mask_model(model, config, plan)
+    if "seed" in params:
+        options["seed"] = params["seed"]
+    statistics = collector.collect(
         model,
         family_of(config),
         config,
         windows,
         required(params, "batch_windows", int, request.step),
+        **options,
     )
     save_file(
         {key: value.contiguous() for key, value in statistics.items()},

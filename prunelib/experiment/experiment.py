@@ -294,8 +294,13 @@ class Experiment:
         return Node("calibration", (name, model, f"seed{seed}"), params, inputs)
 
     @cache  # noqa: B019
-    def _statistics(self, model: str, name: str, seed: int, previous: Node | None = None) -> Node:
+    def _statistics(
+        self, model: str, name: str, options: str, seed: int, previous: Node | None = None
+    ) -> Node:
         compute = self._compute | {"batch_windows": self.data["compute"]["batch_windows"]}
+        # Variants that tell a pass the same share it.
+        if options:
+            compute |= {"options": json.loads(options), "seed": seed}
         inputs = {"model": self._model(model), "calibration": self._calibration(model, seed)}
         after, more = _after(previous)
         return Node(
@@ -324,9 +329,10 @@ class Experiment:
             "seed": seed if method.seeded else None,
         }
         inputs = {"model": self._model(model)}
-        inputs |= {
-            name: self._statistics(model, name, seed, previous) for name in method.statistics
-        }
+        for name in method.statistics:
+            told = method.statistic_options.get(name)
+            options = json.dumps(told, sort_keys=True) if told else ""
+            inputs[name] = self._statistics(model, name, options, seed, previous)
         after, more = _after(previous)
         inputs |= more
         labels = (model, variant, *((f"seed{seed}",) if self._seeded(method) else ()), *after)

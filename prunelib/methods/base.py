@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -96,6 +96,11 @@ class Method(ABC):
     def statistics(self) -> tuple[str, ...]:
         """A class attribute where hyper-parameters do not decide."""
         return ()
+
+    @property
+    def statistic_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """What passes are told, by their names: JSON values. Such a pass also gets the seed."""
+        return {}
 
     @property
     def kinds(self) -> tuple[str, ...]:

@@ -1,0 +1,264 @@
+"""Forward passes layer by layer: all windows go through a layer before the next one is touched.
+
+So one layer's weights suffice at a time. ``Layers`` takes them from a model in memory,
+``StreamedLayers`` from the files of a checkpoint, reading the next layer while this one computes.
+Several streams of hidden states (other windows, or other weights) share one walk.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from prunelib.checkpoint import build_model, read_config, weight_files
+from prunelib.device import resolve_device, resolve_dtype
+from prunelib.families import family_of
+from prunelib.provenance import artefact
+from prunelib.statistics.batches import batches
+from prunelib.statistics.gradients import LOGITS_BYTES
+from prunelib.surgery import HEAD, zero_tensors
+
+if TYPE_CHECKING:
+    from pathlib import Path
+
+    from torch import nn
+    from transformers import PreTrainedModel
+
+    from prunelib.families.base import Family
+    from prunelib.plan import Plan
+
+
+@dataclass(eq=False)
+class Stream:
+    """Hidden states of some windows on their way through the layers.
+
+    Attributes:
+        parts: batches of token ids, int64 [windows, length] each.
+        states: per batch, what the next layer gets, [windows, length, hidden].
+        arguments: per batch and layer, the other arguments of the layer's call.
+    """
+
+    parts: Sequence[torch.Tensor]
+    states: list[torch.Tensor]
+    arguments: Sequence[Sequence[Mapping[str, Any]]]
+
+    def branch(self) -> Stream:
+        """Return a stream that goes on from here by itself; nothing is copied."""
+        return replace(self, states=list(self.states))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the hidden states in bytes."""
+        return sum(state.nbytes for state in self.states)
+
+
+class _EnteredError(Exception):
+    """The last layer was called."""
+
+
+class Layers:
+    """The decoder layers of a model in memory.
+
+    Attributes:
+        model: in eval mode; its weights are not changed.
+        family: the model's family.
+        modules: the layers.
+        windows_passed: windows that went through a layer, summed over layers.
+    """
+
+    def __init__(self, model: PreTrainedModel, family: Family) -> None:
+        self.model = model
+        self.family = family
+        self.modules = family.layers(model)
+        self.windows_passed = 0
+
+    def sweep(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Yield (index, layer) from ``start`` up to ``stop``, by default all that follow.
+
+        A layer's weights are there until the next is asked for.
+        """
+        for index in range(len(self.modules))[start:stop]:
+            yield index, self.modules[index]
+
+    @contextmanager
+    def _recording(self, calls: list[tuple[torch.Tensor, dict[str, Any]]]) -> Iterator[None]:
+        """Let the layers record how they are called instead of computing."""
+        last = len(self.modules) - 1
+        own = [layer.__dict__.get("forward") for layer in self.modules]
+
+        def recorder(index: int) -> Any:
+            def forward(*args: Any, **kwargs: Any) -> Any:
+                calls.append((args[0] if args else kwargs.pop("hidden_states"), kwargs))
+                if index == last:
+                    raise _EnteredError
+                # Some architectures take the first of what a layer returns.
+                return (calls[0][0],)
+
+            return forward
+
+        for index, layer in enumerate(self.modules):
+            layer.forward = recorder(index)
+        try:
+            yield
+        finally:
+            for layer, forward in zip(self.modules, own, strict=True):
+                del layer.forward
+                if forward is not None:
+                    layer.forward = forward
+
+    def begin(self, windows: torch.Tensor, batch_windows: int) -> Stream:
+        """Return the stream of ``windows``, int64 [n, length], at the first layer."""
+        stream = Stream(list(batches(windows, batch_windows)), [], [])
+        arguments = []
+        for part in stream.parts:
+            calls: list[tuple[torch.Tensor, dict[str, Any]]] = []
+            with torch.no_grad(), self._recording(calls), suppress(_EnteredError):
+                self.model.base_model(input_ids=part.to(self.model.device), use_cache=False)
+            stream.states.append(calls[0][0])
+            arguments.append([kwargs for _, kwargs in calls])
+        stream.arguments = arguments
+        return stream
+
+    def advance(self, index: int, layer: nn.Module, stream: Stream) -> None:
+        """Take a stream through the layer ``index``."""
+        with torch.no_grad():
+            for number, state in enumerate(stream.states):
+                output = layer(state, **stream.arguments[number][index])
+                stream.states[number] = output[0] if isinstance(output, tuple) else output
+                self.windows_passed += len(state)
+
+    def loss(self, stream: Stream) -> float:
+        """Return the mean next-token cross-entropy of a stream behind the last layer.
+
+        Per token it is fp32, summed in fp64. Logits exist for one chunk of positions at a time.
+        """
+        norm, head = self.family.final_norm(self.model), self.model.get_output_embeddings()
+        chunk = max(LOGITS_BYTES // (4 * head.weight.shape[0]), 1)
+        total, count = 0.0, 0
+        with torch.no_grad():
+            for ids, state in zip(stream.parts, stream.states, strict=True):
+                flat = state[:, :-1].reshape(-1, state.shape[-1])
+                labels = ids[:, 1:].reshape(-1)
+                for part, target in zip(flat.split(chunk), labels.split(chunk), strict=True):
+                    logits = head(norm(part)).float()
+                    losses = torch.nn.functional.cross_entropy(
+                        logits, target.to(logits.device), reduction="none"
+                    )
+                    total += losses.sum(dtype=torch.float64).item()
+                count += len(labels)
+        return total / count
+
+
+class StreamedLayers(Layers):
+    """The decoder layers of a checkpoint whose weights are read when their turn comes.
+
+    Of the layers, the weights of the one at work and of the next are in memory; everything outside
+    the layers stays there. Tensors are copied out of the mapped file, which is closed after every
+    layer: pages of a file that stays mapped count as this process's.
+    """
+
+    def __init__(
+        self,
+        directory: Path,
+        *,
+        device: str = "cpu",
+        dtype: str = "float32",
+        plan: Plan | None = None,
+    ) -> None:
+        """Read what is outside the layers; arguments as of ``checkpoint.load_model``.
+
+        Args:
+            directory: a checkpoint directory.
+            device: where it computes; of several GPUs, the first.
+            dtype: of the weights.
+            plan: of units that count as zero, if any.
+
+        Raises:
+            InputError: not a checkpoint, unsupported architecture, device or dtype.
+            IntegrityError: a file is not what its provenance says.
+        """
+        from accelerate import init_empty_weights
+        from safetensors import safe_open
+
+        self._config, self._plan = read_config(directory), plan
+        self._device, self._dtype = resolve_device(device), resolve_dtype(dtype)
+        if (directory / artefact.RECORD).is_file():
+            artefact.verify(directory)
+        family = family_of(self._config)
+        self._where: dict[str, tuple[Path, str]] = {}
+        for path in weight_files(directory):
+            with safe_open(path, framework="pt") as file:
+                for stored in file.keys():  # noqa: SIM118 - not a mapping
+                    self._where[family.full_name(stored)] = (path, stored)
+        with init_empty_weights(include_buffers=False):
+            model = build_model(self._config, lambda cls, parsed: cls(parsed))
+        super().__init__(model.eval(), family)
+        outside = [
+            name
+            for name, _ in model.named_parameters()
+            if not name.startswith(f"{family.layer_prefix}.")
+            and not (family.dimensions(self._config).tied and name == HEAD)
+        ]
+        _fill(model, self._read(outside))
+        model.tie_weights()
+        for module in model.modules():
+            for name, buffer in module.named_buffers(recurse=False):
+                setattr(module, name, buffer.to(self._device))
+
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return tensors by full name, in memory of their own."""
+        from safetensors import safe_open
+
+        found: dict[str, torch.Tensor] = {}
+        by_file: dict[Path, list[tuple[str, str]]] = {}
+        for name in names:
+            path, stored = self._where[name]
+            by_file.setdefault(path, []).append((name, stored))
+        for path, wanted in by_file.items():
+            with safe_open(path, framework="pt") as file:
+                for name, stored in wanted:
+                    tensor = file.get_tensor(stored).to(self._dtype, copy=True)
+                    # As load_model has it: rounded to bf16, computed with in fp32.
+                    kind = torch.float32 if self._device.type == "cpu" else self._dtype
+                    found[name] = tensor.to(self._device, kind)
+        if self._plan is not None:
+            return dict(zero_tensors(found.items(), self.family, self._config, self._plan))
+        return found
+
+    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+        prefix = f"{self.family.layer_prefix}.{index}."
+        names = [prefix + name for name, _ in self.modules[index].named_parameters()]
+        return {name.removeprefix(prefix): tensor for name, tensor in self._read(names).items()}
+
+    def sweep(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
+        """Yield (index, layer) from ``start`` up to ``stop``, by default all that follow.
+
+        A layer's weights are there until the next is asked for.
+        """
+        wanted = range(len(self.modules))[start:stop]
+        with ThreadPoolExecutor(1) as pool:
+            read = deque([pool.submit(self._read_layer, wanted[0])])
+            for index in wanted:
+                layer = self.modules[index]
+                _fill(layer, read.popleft().result())
+                if index != wanted[-1]:
+                    read.append(pool.submit(self._read_layer, index + 1))
+                try:
+                    yield index, layer
+                finally:
+                    _fill(layer, {n: p.to("meta") for n, p in layer.named_parameters()})
+
+
+def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
+    """Put tensors, by name relative to ``module``, in the place of its parameters."""
+    from torch import nn
+
+    for name, tensor in tensors.items():
+        owner, _, own = name.rpartition(".")
+        setattr(module.get_submodule(owner), own, nn.Parameter(tensor, requires_grad=False))
