@@ -71,6 +71,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((name, "llm_pruner", {"ranking": "global"}) for name in FAMILIES),
         *((name, "llm_pruner", {"strategy": "channel"}) for name in FAMILIES),
         ("glm", "wanda_sp", {"heads": "query_slot"}),
+        *((name, "mini_llm", {"perturbations": 2}) for name in FAMILIES),
+        *((name, "mini_llm_backprop", {}) for name in ("llama", "bloom", "opt")),
+        ("bloom", "mini_llm", {"perturbations": 2, "perturbation": "gates", "streamed": True}),
+        ("glm", "mini_llm", {"perturbation": "gates", "heads": "query_slot"}),
+        ("opt", "wanda_noise", {}),
         *((name, "shortgpt", {}) for name in FAMILIES),
         *((name, "first_layers", {}) for name in FAMILIES),
     ],
@@ -78,7 +83,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_step(
     name: str,
     method: str,
-    parameters: dict[str, str],
+    parameters: dict[str, Any],
     tiny_checkpoint: Callable[[str], Path],
     text: Path,
     tmp_path: Path,
@@ -110,15 +115,19 @@ def test_every_step(
     config = read_config(model)
     sample = {"windows": 4, "length": 16, "seed": 0}
     windows = step(calibration, "calibration", sample, text=text, model=model)
+    chosen_method = create(method, parameters)
+    options = chosen_method.statistic_options
     passes = {
         which: step(
             collect_statistics,
             which,
-            RUN | {"name": which, "batch_windows": 4},
+            RUN
+            | {"name": which, "batch_windows": 4}
+            | ({"options": options[which], "seed": 0} if which in options else {}),
             model=model,
             calibration=windows,
         )
-        for which in create(method, parameters).statistics
+        for which in chosen_method.statistics
     }
     chosen = {"method": method, "parameters": parameters, "seed": 0}
     channel = "strategy" in parameters

@@ -17,11 +17,18 @@ from workflow_scripts import cost
 
 ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config"
-EXPERIMENTS = sorted(path.stem for path in (CONFIG / "experiments").glob("llm_pruner_*.yaml"))
+EXPERIMENTS = sorted(
+    path.stem
+    for paper in ("llm_pruner", "mini_llm")
+    for path in (CONFIG / "experiments").glob(f"{paper}_*.yaml")
+)
 
 # Parameters that are left. LLaMA-7B at 25 %: issue 34 of LLM-Pruner's repository; at 60 %: the
 # paper's 3.35 B; Llama-3-8B and TinyLlama: the repository's table. LLaMA-13B by hand: 33 layers
-# lose 10 heads of 4 x 128 x 5120 and 3,456 channels of 3 x 5120.
+# lose 10 heads of 4 x 128 x 5120 and 3,456 channels of 3 x 5120. OPT-6.7B and BLOOM-7B1 by hand,
+# too: a head has three rows with biases and a column, a channel one row with its bias and a column;
+# a quarter is 8 heads and 4,096 channels, 60 % are 19 heads and 9,831 channels.
+HEAD, CHANNEL = 128 * (4 * 4096 + 3), 2 * 4096 + 1
 LEFT = {
     ("llama-7b", 0.25): 5_422_977_024,
     ("llama-7b", 0.6): 3_350_188_032,
@@ -30,6 +37,10 @@ LEFT = {
     ("llama-13b", 0.25): 13_015_864_320 - 33 * (10 * 4 * 128 * 5120 + 3456 * 3 * 5120),
     ("llama-3-8b", 0.25): 6_612_586_496,
     ("tinyllama-1.1b", 0.25): 945_907_712,
+    ("opt-6.7b", 0.25): 6_658_473_984 - 26 * (8 * HEAD + 4096 * CHANNEL),
+    ("opt-6.7b", 0.6): 6_658_473_984 - 28 * (19 * HEAD + 9831 * CHANNEL),
+    ("bloom-7b1", 0.25): 7_069_016_064 - 24 * (8 * HEAD + 4096 * CHANNEL),
+    ("bloom-7b1", 0.6): 7_069_016_064 - 26 * (19 * HEAD + 9831 * CHANNEL),
 }
 
 
@@ -49,7 +60,8 @@ def plans(experiment: Experiment) -> dict[tuple[str, float, str], Plan]:
             if rule.ranking == "global":
                 continue
             scores = {
-                kind: [rng.random(family.kind(config, kind).count)] * config["num_hidden_layers"]
+                kind: [rng.random(family.kind(config, kind).count)]
+                * family.dimensions(config).layers
                 for kind in rule.kinds
             }
             for target in experiment.targets:
@@ -71,7 +83,10 @@ def test_every_published_size_is_asked_for() -> None:
     assert asked == set(LEFT)
 
 
-@pytest.mark.parametrize("name", ["llm_pruner_llama_7b", "llm_pruner_tinyllama"])
+@pytest.mark.parametrize(
+    "name",
+    ["llm_pruner_llama_7b", "llm_pruner_tinyllama", "mini_llm_bloom_7b1", "mini_llm_opt_6_7b"],
+)
 def test_models_of_the_published_size_can_be_built(name: str) -> None:
     """Independent of the plan's arithmetic: the modules themselves, without their weights."""
     import torch
@@ -107,3 +122,28 @@ def test_nothing_is_missing_but_pinned_revisions() -> None:
         problems = load(name).preflight()
         assert problems
         assert all("the revision is not pinned" in problem for problem in problems)
+
+
+@pytest.mark.parametrize("name", ["study_mini_llm", "study_mini_llm_estimators"])
+def test_studies_of_the_estimate_plan(name: str) -> None:
+    experiment = load(name)
+    assert experiment.preflight() == []
+    statistics = {
+        cell.method: cell.steps["prune"].inputs["scores"].inputs.get("zeroth_order")
+        for cell in experiment.cells
+        if "prune" in cell.steps and cell.seed == 1
+    }
+    found = {variant: node for variant, node in statistics.items() if node is not None}
+    assert {"mini_llm", "mini_llm_99", "mini_llm_gates"} <= set(found)
+    # What differs between estimators is in the key; what differs in scoring alone is not.
+    own = {node.key for variant, node in found.items() if variant != "mini_llm_gates_taylor"}
+    assert len(own) == len(set(found) - {"mini_llm_gates_taylor"})
+    if "mini_llm_gates_taylor" in found:
+        assert found["mini_llm_gates_taylor"].key == found["mini_llm_gates"].key
+    for variant, node in found.items():
+        options = node.params["options"]
+        assert node.params["seed"] == 1
+        share = (options["minibatch"] or 10) / 10
+        depth = 15.5 if options["scope"] == "layer" else 1
+        passes = 1 + options["perturbations"] * options["sides"] * share * depth
+        assert passes <= 199, variant

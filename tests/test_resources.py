@@ -322,9 +322,10 @@ def test_second_order_covers_what_was_measured(cluster: Cluster) -> None:
 def test_buffers_are_those_of_the_steps() -> None:
     from prunelib.evaluation import perplexity
     from prunelib.recovery import loss
-    from prunelib.statistics import gradients
+    from prunelib.statistics import gradients, zeroth_order
 
     assert resources.GRAPH_BYTES == gradients.GRAPH_BYTES
+    assert resources.STREAM_BYTES == zeroth_order.STREAM_BYTES
     assert resources.HEAD_BYTES == gradients.LOGITS_BYTES
     assert resources.LOSS_CHUNK == loss.CHUNK
     assert resources.EVALUATION_TOKENS["cpu"] == perplexity.BATCH_TOKENS["cpu"]

@@ -32,6 +32,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # holds the copies equal.
 GRAPH_BYTES = 512 * MIB
 HEAD_BYTES = 64 * MIB
+STREAM_BYTES = 32 * MIB
 LOSS_CHUNK = 256
 EVALUATION_TOKENS = {"cpu": 1024, "cuda": 16384}
 LOGITS_CHUNK = 2048
@@ -56,6 +57,8 @@ GRADIENT_FORWARDS = 4
 # Passes over one window's gradients of the whole model: written, read to be added and to be
 # squared; both sums read and written.
 FISHER_TRANSFERS = 7
+# Normally distributed numbers that one CPU core draws in a second.
+DRAWN_PER_SECOND = 80e6
 
 
 @dataclass(frozen=True)
@@ -412,10 +415,13 @@ def _statistics(case: _Case) -> Work:
     twice forward and once back.
 
     The passes over the whole model (``..._whole``) hold the gradients of what is outside the layers
-    beside that, fp32, with a product and, over several batches, their sums.
+    beside that, fp32, with a product and, over several batches, their sums. ``fms_gradients`` goes
+    forward once more before.
     """
     model, item = case.model, case.item
     name = str(case.param("name"))
+    if name == "zeroth_order":
+        return _zeroth_order(case)
     outside, name = name.endswith("_whole"), name.removesuffix("_whole")
     calibration = case.node.inputs["calibration"].params
     windows, length = calibration["windows"], calibration["length"]
@@ -426,7 +432,7 @@ def _statistics(case: _Case) -> Work:
     device, host, seconds = _loaded(case, model.parameters)
     linears = model.linears.values()
     moved = 0.0
-    if name in ("gradients", "fisher"):
+    if name in ("gradients", "fisher", "fms_gradients"):
         # Bounded by one layer's gradients: they are reduced before the next layer's exist.
         fisher = name == "fisher"
         # Sums are fp32; gradients of half precision are there twice while they are widened.
@@ -452,7 +458,8 @@ def _statistics(case: _Case) -> Work:
         if fisher:
             blocks = model.layers * model.block
             moved = windows * blocks * (4 * FISHER_TRANSFERS + 3 * item)
-        flops = GRADIENT_FORWARDS * tokens * model.flops(model.parameters)
+        forwards = GRADIENT_FORWARDS + (name == "fms_gradients")
+        flops = forwards * tokens * model.flops(model.parameters)
         if outside:
             outer = model.parameters - model.layers * model.block
             # A part of the gradient in the weights' type, the batch's in fp32, their product and
@@ -478,6 +485,60 @@ def _statistics(case: _Case) -> Work:
             device += (Term(label, model.layers * hole),)
         disk = model.layers * 8 * sum(columns for _, columns in linears)
         flops = tokens * model.flops(model.parameters)
+    return Work(device, host, flops, moved, host_seconds=seconds, disk=disk + SMALL_BYTES)
+
+
+def _zeroth_order(case: _Case) -> Work:
+    """Return the work of gradients from forward passes: many of them, and nothing weight-sized.
+
+    Directions of weights are drawn for every side and once more for the estimate, and every moved
+    matrix is written. Streamed layers are read in every walk, which as many directions share as
+    have their hidden states in ``STREAM_BYTES``.
+    """
+    model, item, options = case.model, case.item, case.param("options")
+    calibration = case.node.inputs["calibration"].params
+    windows, length = calibration["windows"], calibration["length"]
+    tokens = windows * length
+    batch = min(windows, case.param("batch_windows")) * length
+    count, sides, by_layer = options["perturbations"], options["sides"], options["scope"] == "layer"
+    minibatch = (options["minibatch"] or windows) * length
+    states = minibatch * model.hidden * item
+    pair = sides * states
+    together = min(max(STREAM_BYTES // pair, 1), count)
+    begun = count if options["fresh"] else 1
+    depth = (model.layers + 1) / 2 if by_layer else 1
+    gates = options["perturbation"] == "gates"
+    device, host, seconds = _loaded(case, model.parameters)
+    walks = 2 + math.ceil(count / together) * (model.layers * depth if by_layer else 1)
+    if options["streamed"]:
+        outer = model.parameters - model.layers * model.block
+        held = (outer + 2 * model.block) * item
+        device = (Term("weights outside the layers and two blocks", held, estimated=False),)
+        # A mapped layer while it is copied.
+        host = (Term("a layer on its way", 2 * model.block * model.item),)
+        seconds += walks * model.layers * model.block * model.item / GB / case.cluster.host.disk_gbs
+    moved = 0.0
+    device += (
+        Term(
+            f"hidden states of {together} directions and {begun} minibatches",
+            together * pair + begun * states + 2 * tokens * model.hidden * item,
+        ),
+        Term(
+            f"a layer's forward pass over {batch:,} tokens",
+            batch * (model.forward_token_bytes(item, length) + 16 * model.inner),
+        ),
+        Term("three chunks of logits", 3 * HEAD_BYTES),
+    )
+    if not gates:
+        device += (Term("a moved matrix, its estimate and product", model.largest * (item + 8)),)
+        drawn = count * model.layers * model.block * (sides * depth + 1)
+        if case.on_gpu:
+            moved = drawn * (8 + 2 * item)
+        else:
+            seconds += drawn / DRAWN_PER_SECOND
+    passes = 2 + count * sides * depth * minibatch / tokens
+    flops = passes * tokens * model.flops(model.parameters)
+    disk = model.layers * 4 * sum(rows + columns for rows, columns in model.linears.values())
     return Work(device, host, flops, moved, host_seconds=seconds, disk=disk + SMALL_BYTES)
 
 
