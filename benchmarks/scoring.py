@@ -138,6 +138,25 @@ def passes(model: Any, config: Config) -> dict[str, Callable[[torch.Tensor], Any
     }
 
 
+def measured(run: Callable[[], Any], repeats: int) -> dict[str, Any]:
+    """Return seconds of every repeat, and the peak memory above what is resident now."""
+    loaded = status_bytes("VmRSS")
+    # 5 sets the peak back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
+    seconds, cpu = [], []
+    for _ in range(repeats):
+        begin, begin_cpu = time.perf_counter(), time.process_time()
+        run()
+        cpu.append(time.process_time() - begin_cpu)
+        seconds.append(time.perf_counter() - begin)
+    return {
+        "seconds": seconds,
+        "cpu_seconds": cpu,
+        "loaded_bytes": loaded,
+        "peak_bytes": status_bytes("VmHWM") - loaded,
+    }
+
+
 def load(options: argparse.Namespace) -> tuple[dict[str, Callable[[Any], Any]], Any, torch.Tensor]:
     """Return what is measured by name, the model and its windows."""
     model, config, windows = (
@@ -154,15 +173,7 @@ def peak(options: argparse.Namespace) -> dict[str, Any]:
     run(windows[:2, :8])
     model.zero_grad(set_to_none=True)
     touched = sum(parameter.detach().sum().item() for parameter in model.parameters())
-    loaded = status_bytes("VmRSS")
-    # 5 sets the peak back to what is resident now.
-    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
-    run(windows)
-    return {
-        "loaded_bytes": loaded,
-        "peak_bytes": status_bytes("VmHWM") - loaded,
-        "checksum": touched,
-    }
+    return measured(lambda: run(windows), 1) | {"checksum": touched}
 
 
 def rounds(options: argparse.Namespace) -> dict[str, Any]:
@@ -220,14 +231,16 @@ def ratios(source: Path, model: Any, windows: torch.Tensor) -> tuple[float, floa
     return middle - begin, time.perf_counter() - middle
 
 
-def measure(options: argparse.Namespace, name: str) -> dict[str, Any]:
-    """Run ``peak`` for one pass, or ``rounds`` if it is ``time``, in a process of its own."""
+def measure(
+    options: argparse.Namespace, name: str, script: str = __file__, *more: str
+) -> dict[str, Any]:
+    """Let ``script`` measure what it calls ``name`` in a process of its own."""
     environment = dict(os.environ)
     if name != "time":
         environment["MALLOC_MMAP_THRESHOLD_"] = "65536"
-    command = [sys.executable, __file__, "--worker", name, "--repeats", str(options.repeats)]
+    command = [sys.executable, script, "--worker", name, "--repeats", str(options.repeats)]
     command += ["--large"] if options.large else []
-    command += ["--model", str(options.model), "--text", str(options.text)]
+    command += ["--model", str(options.model), "--text", str(options.text), *more]
     output = subprocess.run(
         command, check=True, stdout=subprocess.PIPE, text=True, env=environment
     ).stdout

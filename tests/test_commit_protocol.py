@@ -73,6 +73,7 @@ def test_an_artefact_is_made_once(out: Path) -> None:
     assert record["started"] <= record["finished"]
     assert record["started"].endswith("+00:00")
     assert record["peak_memory_bytes"] > 2**20
+    assert record["peak_gpu_memory_bytes"] is None
 
     def never(directory: Path) -> None:
         raise AssertionError("a valid artefact was made again")

@@ -512,6 +512,16 @@ def test_peak_memory_follows_an_allocation() -> None:
     assert 0.8 * 100 * 2**20 <= int(done.stdout) <= 1.2 * 100 * 2**20
 
 
+def test_peak_gpu_memory_is_none_where_none_was_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+
+    assert environment.peak_gpu_memory_bytes() is None
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda index: 10 + index)
+    assert environment.peak_gpu_memory_bytes() == 21
+
+
 # --- launch lock ---------------------------------------------------------------------------------
 
 

@@ -24,7 +24,7 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 
 from prunelib.errors import IntegrityError, PrunelibError
-from prunelib.provenance.environment import peak_memory_bytes
+from prunelib.provenance.environment import peak_gpu_memory_bytes, peak_memory_bytes
 from prunelib.provenance.liveness import host_name, process_start, start_heartbeat
 
 RECORD = "provenance.json"
@@ -222,6 +222,7 @@ def commit(
                 "finished": datetime.now(UTC).isoformat(timespec="seconds"),
                 "seconds": round(time.monotonic() - clock, 3),
                 "peak_memory_bytes": peak_memory_bytes(),
+                "peak_gpu_memory_bytes": peak_gpu_memory_bytes(),
             }
             _write_record(scratch, record)
             return _publish(scratch, out, key)

@@ -21,8 +21,9 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from contextlib import nullcontext
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -31,7 +32,7 @@ import torch
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.statistics.batches import progress
 from prunelib.statistics.estimator import Estimator
-from prunelib.statistics.fms import gate_norms, gate_slices, input_norms
+from prunelib.statistics.fms import KINDS, gate_norms, gate_slices, input_norms
 from prunelib.statistics.layerwise import Layers, Stream, StreamedLayers
 from prunelib.statistics.perturbation import Gates, LowRank, Perturbation, Weights
 
@@ -138,6 +139,74 @@ class _Losses:
         return found
 
 
+@dataclass(eq=False)
+class Estimate:
+    """What is known of a gradient once all losses are there.
+
+    Attributes:
+        perturbation: draws the directions again.
+        coefficients: ``c_k``, float64 [layers, perturbations].
+        statistics: ``loss``, ``forward_passes``, ``coefficients`` and, of gates, ``.norm``.
+    """
+
+    perturbation: Perturbation
+    coefficients: torch.Tensor
+    statistics: dict[str, torch.Tensor]
+
+    def reduce(self, layers: Layers, count: int | None = None) -> dict[str, torch.Tensor]:
+        """Return the statistics of the mean over the first ``count`` directions, by default all.
+
+        Raises:
+            NonFiniteError: names the layer.
+        """
+        statistics = {}
+        for index, layer in layers.sweep():
+            chosen = self.coefficients[index][:count].tolist()
+            mean = [(k, c / len(chosen)) for k, c in enumerate(chosen)]
+            reduced = self.perturbation.reduce(index, layer, mean)
+            if not all(value.isfinite().all() for value in reduced.values()):
+                raise NonFiniteError(f"zeroth_order: layer {index} is not finite")
+            statistics |= reduced
+        return statistics
+
+
+def estimate(
+    layers: Layers,
+    config: Config,
+    windows: torch.Tensor,
+    batch_windows: int,
+    seed: int,
+    settings: Estimator,
+    kinds: Sequence[str] = KINDS,
+) -> Estimate:
+    """Find the loss differences along all directions; arguments and errors as of ``collect``."""
+    minibatches = _minibatches(settings, windows, seed)
+    norms, loss = input_norms(layers, config, windows, batch_windows, "zeroth_order")
+    family, count = layers.family, len(layers.modules)
+    statistics: dict[str, torch.Tensor] = {}
+    perturbation: Perturbation
+    if settings.perturbation == "gates":
+        perturbation = Gates(settings, seed, family, config, kinds)
+        statistics |= gate_norms(norms, gate_slices(family, config, kinds), count)
+    else:
+        made = LowRank if settings.perturbation == "low_rank" else Weights
+        perturbation = made(settings, seed, family, config, norms)
+    losses = _Losses(layers, perturbation, settings, minibatches, batch_windows)
+    if settings.scope == "model":
+        table = [losses.coefficients(0, None)] * count
+    else:
+        table = []
+        for index in range(count):
+            table.append(losses.coefficients(index, index))
+            for _, layer in layers.sweep(index, index + 1):
+                for origin in losses.origins:
+                    layers.advance(index, layer, origin)
+    passes = layers.windows_passed / (count * len(windows))
+    for name, value in {"loss": loss, "forward_passes": passes, "coefficients": table}.items():
+        statistics[name] = torch.tensor(value, dtype=torch.float64)
+    return Estimate(perturbation, statistics["coefficients"], statistics)
+
+
 def collect(
     model: PreTrainedModel | Layers,
     family: Family,
@@ -146,7 +215,7 @@ def collect(
     batch_windows: int,
     *,
     seed: int,
-    kinds: Sequence[str] = ("kv_group", "mlp_channel"),
+    kinds: Sequence[str] = KINDS,
     **settings: Any,
 ) -> dict[str, torch.Tensor]:
     """Return the statistics above, on the CPU.
@@ -165,42 +234,6 @@ def collect(
         InputError: a setting is not allowed, or a minibatch is larger than the calibration set.
         NonFiniteError: an activation or a loss is NaN or infinite; names the layer or direction.
     """
-    chosen = Estimator(**settings)
     layers = model if isinstance(model, Layers) else Layers(model, family)
-    minibatches = _minibatches(chosen, windows, seed)
-    norms, loss = input_norms(layers, config, windows, batch_windows, "zeroth_order")
-    count = len(layers.modules)
-    statistics: dict[str, torch.Tensor] = {}
-    perturbation: Perturbation
-    if chosen.perturbation == "gates":
-        perturbation = Gates(chosen, seed, family, config, kinds)
-        statistics |= gate_norms(norms, gate_slices(family, config, kinds), count)
-    else:
-        made = LowRank if chosen.perturbation == "low_rank" else Weights
-        perturbation = made(chosen, seed, family, config, norms)
-    losses = _Losses(layers, perturbation, chosen, minibatches, batch_windows)
-    if chosen.scope == "model":
-        table = [losses.coefficients(0, None)] * count
-    else:
-        table = []
-        for index in range(count):
-            table.append(losses.coefficients(index, index))
-            for _, layer in layers.sweep(index, index + 1):
-                for origin in losses.origins:
-                    layers.advance(index, layer, origin)
-    passes = layers.windows_passed / (count * len(windows))
-    for index, layer in layers.sweep():
-        mean = [(k, c / chosen.perturbations) for k, c in enumerate(table[index])]
-        reduced = perturbation.reduce(index, layer, mean)
-        if not all(value.isfinite().all() for value in reduced.values()):
-            raise NonFiniteError(f"zeroth_order: layer {index} is not finite")
-        statistics |= reduced
-    return (
-        statistics
-        | _scalars({"loss": loss, "forward_passes": passes})
-        | {"coefficients": torch.tensor(table, dtype=torch.float64)}
-    )
-
-
-def _scalars(values: Mapping[str, float]) -> dict[str, torch.Tensor]:
-    return {name: torch.tensor(value, dtype=torch.float64) for name, value in values.items()}
+    found = estimate(layers, config, windows, batch_windows, seed, Estimator(**settings), kinds)
+    return found.statistics | found.reduce(layers)

@@ -1,0 +1,191 @@
+"""Memory and time of scoring from forward passes against a forward and a backward pass.
+
+Over the same calibration windows, each in a fresh process:
+
+* ``forward``: the model's loss without a graph;
+* ``mini_llm``: gradients estimated along a few directions of all weights (``zeroth_order``);
+* ``streamed``: the same with layers read from the checkpoint when their turn comes;
+* ``gates``: along directions of one factor per unit;
+* ``backward``: one loss and one backward pass that keeps the gradients of all weights;
+* ``first``: the pass with true gradients, a layer at a time (``fms_gradients``).
+
+Weights are copied out of the mapped file. Memory is the peak resident memory (VmHWM, reset after
+loading), above what is resident with the weights loaded and above the interpreter with its
+imports. Limits on time hold the fastest repeat's CPU seconds, which suffer less from what else the
+machine does than wall time; streamed layers read in a thread of the same process, whose CPU time
+counts. Models: those of ``scoring.py``; the large one is written to a temporary directory (4.4 GB).
+
+    python benchmarks/scoring_memory.py            # on the newest fetched model and text
+    python benchmarks/scoring_memory.py --large
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from artefacts import newest_artefact
+from scoring import embedded, measure, measured, random_large, status_bytes
+
+if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    import torch
+
+PASSES = ("forward", "mini_llm", "streamed", "gates", "backward", "first")
+MOST_MEMORY = 1.05
+MOST_TIME = 1.1
+
+
+def write_large(directory: Path) -> None:
+    """Write the random model of 1.1 B parameters as a checkpoint."""
+    model, config, _ = random_large()
+    model.save_pretrained(directory)
+    (directory / "config.json").write_text(json.dumps(config), encoding="utf-8")
+
+
+def worker(options: argparse.Namespace) -> dict[str, Any]:
+    """Measure one pass in this process."""
+    import torch
+    import transformers.models.llama.modeling_llama  # noqa: F401 - part of the interpreter here
+
+    from prunelib.checkpoint import load_model, read_config
+    from prunelib.families import family_of
+    from prunelib.statistics import fms_gradients, zeroth_order
+
+    config = read_config(options.model)
+    family = family_of(config)
+    if options.large:
+        windows = torch.randint(0, config["vocab_size"], (4, 128))
+    else:
+        windows = embedded(options.model, options.text)[2]
+    interpreter = status_bytes("VmRSS")
+    model: Any
+    if options.worker == "streamed":
+        model = zeroth_order.StreamedLayers(options.model)
+    else:
+        model = load_model(options.model)
+        for parameter in model.parameters():
+            parameter.data = parameter.data.clone()
+
+    def forward(windows: torch.Tensor) -> None:
+        with torch.inference_mode():
+            model(windows, labels=windows, use_cache=False)
+
+    def backward(windows: torch.Tensor) -> None:
+        model.zero_grad(set_to_none=True)
+        model(windows, labels=windows, use_cache=False).loss.backward()
+
+    def estimate(windows: torch.Tensor, **more: Any) -> None:
+        count = options.perturbations
+        zeroth_order.collect(
+            model, family, config, windows, len(windows), seed=0, perturbations=count, **more
+        )
+
+    run: Callable[[torch.Tensor], Any] = {
+        "forward": forward,
+        "mini_llm": estimate,
+        "streamed": estimate,
+        "gates": lambda windows: estimate(windows, perturbation="gates"),
+        "backward": backward,
+        "first": lambda w: fms_gradients.collect(model, family, config, w, len(w)),
+    }[options.worker]
+    run(windows[:2, :8])
+    if options.worker != "streamed":
+        model.zero_grad(set_to_none=True)
+    figures: dict[str, Any] = measured(lambda: run(windows), options.repeats)
+    return figures | {
+        "interpreter_bytes": interpreter,
+        "threads": torch.get_num_threads(),
+        "tokens": windows.numel(),
+        "parameters": family.parameters(config),
+        "block": family.block_parameters(config),
+        "layers": family.dimensions(config).layers,
+    }
+
+
+def report(options: argparse.Namespace) -> int:
+    """Measure every pass, print the table and a verdict per limit."""
+    found = {}
+    print("pass       seconds, CPU seconds, GB above the weights, GB above the interpreter")
+    for name in PASSES:
+        figures = found[name] = measure(
+            options, name, __file__, "--perturbations", str(options.perturbations)
+        )
+        whole = figures["loaded_bytes"] + figures["peak_bytes"] - figures["interpreter_bytes"]
+        figures["whole_bytes"] = whole
+        print(
+            f"{name:10} {min(figures['seconds']):.2f} {min(figures['cpu_seconds']):.2f} "
+            f"{figures['peak_bytes'] / 1e9:.3f} {whole / 1e9:.3f}",
+            flush=True,
+        )
+    one = found["forward"]
+    outer = one["parameters"] - one["layers"] * one["block"]
+    print(
+        f"{one['parameters']:,} parameters ({outer:,} outside the layers, {one['block']:,} in "
+        f"one), {one['tokens']:,} tokens, fp32, {one['threads']} threads, "
+        f"{options.perturbations} perturbations; the fastest of {options.repeats} counts"
+    )
+    cpu = {name: min(figures["cpu_seconds"]) for name, figures in found.items()}
+    passes = 1 + 2 * options.perturbations
+    for name in ("mini_llm", "streamed", "gates"):
+        print(f"{name}: {cpu[name] / (passes * cpu['forward']):.2f} of {passes} forward passes")
+    # Embeddings and one block, and what a forward pass with loss holds besides.
+    room = 4 * (outer + one["block"]) + one["peak_bytes"]
+    claims = [
+        (
+            "mini_llm / forward with loss, memory",
+            found["mini_llm"]["peak_bytes"] / one["peak_bytes"],
+            MOST_MEMORY,
+        ),
+        (
+            "streamed / embeddings, one block and a forward pass, memory",
+            found["streamed"]["whole_bytes"] / room,
+            1.0,
+        ),
+        ("streamed / mini_llm, time", cpu["streamed"] / cpu["mini_llm"], MOST_TIME),
+    ]
+    for line, value, most in claims:
+        print(f"{'pass' if value <= most else 'FAIL'}  {line}: {value:.3f} <= {most}")
+    if options.json:
+        options.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    return 0 if all(value <= most for _, value, most in claims) else 1
+
+
+def main() -> int:
+    """Measure, print a verdict per limit; the exit code is 1 when one fails."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="checkpoint directory")
+    parser.add_argument("--text", type=Path, help="directory with articles.jsonl")
+    parser.add_argument("--large", action="store_true", help="1.1 B random parameters instead")
+    parser.add_argument("--perturbations", type=int, default=4)
+    parser.add_argument("--repeats", type=int, help="default 2; 1 with --large")
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--worker", choices=PASSES, help=argparse.SUPPRESS)
+    parser.add_argument("--write", type=Path, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    options.repeats = options.repeats or (1 if options.large else 2)
+    if options.write:
+        write_large(options.write)
+        return 0
+    if options.worker:
+        print(json.dumps(worker(options)))
+        return 0
+    if not options.large:
+        options.model = options.model or newest_artefact("fetch_model")
+        options.text = options.text or newest_artefact("fetch_text")
+        return report(options)
+    with tempfile.TemporaryDirectory() as directory:
+        options.model = Path(directory)
+        # In a process of its own, whose memory is free again.
+        subprocess.run([sys.executable, __file__, "--write", directory], check=True)
+        return report(options)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
