@@ -43,8 +43,8 @@ ESTIMATORS = (
 
 def spearman(one: Any, other: Any) -> float:
     """Return the rank correlation of two arrays without ties."""
-    ranks = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(*ranks)[0, 1])
+    ranks: list[Any] = [np.argsort(np.argsort(values)) for values in (one, other)]
+    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def agreement(scores: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, float]:
@@ -73,7 +73,7 @@ def main() -> int:
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.methods.base import ScoringInputs
-    from prunelib.statistics import activations, fms_gradients, zeroth_order
+    from prunelib.statistics import activations, fms_direct, fms_gradients, zeroth_order
     from prunelib.statistics.estimator import Estimator
     from prunelib.statistics.layerwise import Layers
 
@@ -84,7 +84,7 @@ def main() -> int:
     family, batch = family_of(config), len(windows)
     passes = {
         module.__name__.rpartition(".")[2]: module.collect(model, family, config, windows, batch)
-        for module in (activations, fms_gradients)
+        for module in (activations, fms_gradients, fms_direct)
     }
 
     def scores(name: str, seed: int, **more: Any) -> Any:
@@ -116,6 +116,11 @@ def main() -> int:
     add("wanda_sp", 0, 1, 0, scores("wanda_sp", 0), "mini_llm_backprop")
     for name in ("mini_llm_backprop_gates", "mini_llm_backprop_gates_taylor"):
         add(name, 0, 4, 0, references[name], "mini_llm_backprop")
+    add("mini_llm_direct", 0, 2, 0, scores("mini_llm_direct", 0), "mini_llm_backprop")
+    for same in ("gates", "gates_taylor"):
+        found = scores(f"mini_llm_direct_{same}", 0)
+        for reference in ("mini_llm_backprop", f"mini_llm_backprop_{same}"):
+            add(f"mini_llm_direct_{same}", 0, 2, 0, found, reference)
     for seed in range(options.seeds):
         add("wanda_noise", 0, 1, seed, scores("wanda_noise", seed), "mini_llm_backprop")
         for name in options.estimators:

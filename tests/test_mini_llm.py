@@ -22,7 +22,7 @@ from prunelib.families.base import UnitKind, UnitSlice
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.selection import Rule, Target, select
-from prunelib.statistics import activations, fms_gradients, perturbation, zeroth_order
+from prunelib.statistics import activations, fms_direct, fms_gradients, perturbation, zeroth_order
 from prunelib.statistics.estimator import Estimator
 from prunelib.statistics.fms import fms_sums, unit_parameters
 from prunelib.statistics.layerwise import Layers, StreamedLayers
@@ -205,6 +205,64 @@ def test_a_gate_s_derivative_is_that_of_a_factor_on_its_unit(name: str) -> None:
         assert found[f"1.{kind}.norm"].numpy() == pytest.approx(
             np.sqrt(fold(squares, part.owner, unit.count)), rel=1e-5
         )
+
+
+@pytest.mark.parametrize("name", [name for name in TINY if name != "opt-post-norm"])
+def test_residual_gradients_are_true_where_nothing_follows(name: str) -> None:
+    """The last layer's down projection; and of earlier ones, once later layers add nothing."""
+    config, model = tiny_config(name), tiny_model(name)
+    family = family_of(config)
+    kinds = {
+        kind: next(part for part in family.kind(config, kind).slices if part.axis == 1).parameter
+        for kind in ("kv_group", "mlp_channel")
+    }
+
+    def differences() -> dict[tuple[int, str], float]:
+        true = fms_gradients.collect(model, family, config, WINDOWS, 5)
+        found = fms_direct.collect(model, family, config, WINDOWS, 2)
+        assert found["loss"].item() == pytest.approx(true["loss"].item(), rel=1e-6)
+        worst = {}
+        for layer in range(4):
+            for kind, parameter in kinds.items():
+                keys = (f"{layer}.{parameter}.fms.columns", f"{layer}.{kind}.gate")
+                worst[layer, kind] = max(
+                    ((found[key] - true[key]).abs().max() / true[key].abs().max()).item()
+                    for key in keys
+                )
+                norm = f"{layer}.{kind}.norm"
+                assert torch.allclose(found[norm], true[norm], rtol=1e-6)
+        return worst
+
+    before = differences()
+    assert before[3, "mlp_channel"] < 1e-4
+    assert min(before[3, "kv_group"], before[0, "mlp_channel"]) > 1e-2
+    with torch.no_grad():
+        for layer in family.layers(model)[1:]:
+            for parameter in kinds.values():
+                layer.get_parameter(parameter).zero_()
+    assert differences()[0, "mlp_channel"] < 1e-4
+
+
+def test_residual_gradients_score_output_columns_alone(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    directory = tiny_checkpoint("bloom")
+    config = read_config(directory)
+    family = family_of(config)
+    model = load_model(directory)
+    before = weights_hash(model)
+    found = fms_direct.collect(model, family, config, WINDOWS, 5)
+    assert weights_hash(model) == before
+    assert all(p.requires_grad for p in model.parameters())
+    streamed = fms_direct.collect(StreamedLayers(directory), family, config, WINDOWS, 5)
+    assert all(torch.equal(streamed[key], value) for key, value in found.items())
+    scores = create("mini_llm_direct", {}).scores(
+        ScoringInputs(family, config, torch.zeros, {"fms_direct": found}, 0)
+    )
+    expected = found["1.mlp.dense_4h_to_h.weight.fms.columns"].tolist()
+    assert scores["mlp_channel"][1].tolist() == pytest.approx(expected)
+    with pytest.raises(InputError, match="aggregation 'sum' is not of these scores; allowed: last"):
+        create("mini_llm_direct", {"aggregation": "sum"})
 
 
 # ----------------------------------------------------------------------- the estimate

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from prunelib.criteria.fold import Array, aggregate
+from prunelib.criteria.fold import Array, aggregate, members
 
 if TYPE_CHECKING:
     import torch
@@ -22,7 +23,8 @@ def fms_scores(
         statistics: ``<layer>.<parameter>.fms.rows`` and ``.fms.columns``.
         layer: the units' layer.
         kind: the unit kind with its slices.
-        aggregation: how members are combined, see ``prunelib.criteria.fold.aggregate``.
+        aggregation: how members are combined, see ``prunelib.criteria.fold.aggregate``; ``last``
+            looks at no other member's statistics.
     """
 
     def member(part: UnitSlice) -> Array:
@@ -30,6 +32,8 @@ def fms_scores(
         scores: Array = statistics[f"{layer}.{part.parameter}.fms.{axis}"].double().numpy()
         return scores
 
+    if aggregation == "last":
+        kind = replace(kind, slices=members(kind)[-1])
     return aggregate(kind, member, aggregation)
 
 

@@ -23,12 +23,14 @@ class FeatureMapSensitivity(Method):
             ``product``, ``max`` or ``last``. The paper's accessible parts do not say; ``sum`` is
             LLM-Pruner's.
         activation: whether a gate's derivative is multiplied by the norm of its features.
+        aggregations: the values of ``aggregation`` that there are statistics for.
         gates: whether units are scored by one derivative each.
     """
 
     aggregation: str = "sum"
     activation: bool = True
 
+    aggregations: ClassVar[tuple[str, ...]] = tuple(AGGREGATIONS)
     citation: ClassVar[str] = """@misc{cheng2024minillm,
   title = {{MINI-LLM}: Memory-Efficient Structured Pruning for Large Language Models},
   author = {Cheng, Hongrong and Zhang, Miao and Shi, Javen Qinfeng},
@@ -39,7 +41,7 @@ class FeatureMapSensitivity(Method):
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("aggregation", tuple(AGGREGATIONS)),
+            ("aggregation", self.aggregations),
             ("activation", (False, True) if self.gates else (True,)),
         ):
             value = getattr(self, name)

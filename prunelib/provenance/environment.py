@@ -113,4 +113,5 @@ def peak_gpu_memory_bytes() -> int | None:
     torch = sys.modules.get("torch")
     if torch is None or not torch.cuda.is_initialized():
         return None
-    return sum(torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    peaks = (torch.cuda.max_memory_allocated(i) for i in range(torch.cuda.device_count()))
+    return int(sum(peaks))

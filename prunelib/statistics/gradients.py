@@ -183,7 +183,7 @@ def _head_shares(
         yield part, leaf, share
 
 
-def _head_gradient(
+def head_gradient(
     model: PreTrainedModel, family: Family, hidden: torch.Tensor, ids: torch.Tensor, targets: int
 ) -> tuple[torch.Tensor, float]:
     """Return d loss / d hidden [batch, length, hidden] and this batch's share of the loss."""
@@ -279,7 +279,7 @@ def _outer(
 
 
 @contextmanager
-def _frozen(model: PreTrainedModel) -> Iterator[None]:
+def frozen(model: PreTrainedModel) -> Iterator[None]:
     """Freeze all parameters but those of the decoder layers handled inside, then restore."""
     before = [(p, p.requires_grad) for p in model.parameters()]
     enabled = torch.is_grad_enabled()
@@ -340,7 +340,7 @@ def sweep(
     """
     layers = family.layers(model)
     statistics: dict[str, torch.Tensor] = {}
-    with _frozen(model):
+    with frozen(model):
         layers.requires_grad_(True)
         recorders, gradients, loss = [], [], 0.0
         for part in progress(parts, len(parts), "forward batches", logger):
@@ -351,7 +351,7 @@ def sweep(
             finally:
                 recorder.close()
             assert recorder.last is not None
-            gradient, share = _head_gradient(model, family, recorder.last, part, targets)
+            gradient, share = head_gradient(model, family, recorder.last, part, targets)
             _require_finite(share, recorder, what)
             recorders.append(recorder)
             gradients.append(gradient)

@@ -21,7 +21,7 @@ from prunelib.device import resolve_device, resolve_dtype
 from prunelib.families import family_of
 from prunelib.provenance import artefact
 from prunelib.statistics.batches import batches
-from prunelib.statistics.gradients import LOGITS_BYTES
+from prunelib.statistics.gradients import LOGITS_BYTES, frozen, head_gradient
 from prunelib.surgery import HEAD, zero_tensors
 
 if TYPE_CHECKING:
@@ -153,6 +153,23 @@ class Layers:
                     total += losses.sum(dtype=torch.float64).item()
                 count += len(labels)
         return total / count
+
+    def head_gradients(self, stream: Stream) -> tuple[list[torch.Tensor], float]:
+        """Return the gradient of the mean loss behind the last layer, and the mean loss.
+
+        Args:
+            stream: behind the last layer.
+
+        Returns:
+            Per batch [windows, length, hidden], through the final norm and the head alone.
+        """
+        targets = sum(ids[:, 1:].numel() for ids in stream.parts)
+        with frozen(self.model):
+            pairs = [
+                head_gradient(self.model, self.family, state, ids, targets)
+                for ids, state in zip(stream.parts, stream.states, strict=True)
+            ]
+        return [gradient for gradient, _ in pairs], sum(loss for _, loss in pairs)
 
 
 class StreamedLayers(Layers):

@@ -159,7 +159,7 @@ class Estimate:
         Raises:
             NonFiniteError: names the layer.
         """
-        statistics = {}
+        statistics: dict[str, torch.Tensor] = {}
         for index, layer in layers.sweep():
             chosen = self.coefficients[index][:count].tolist()
             mean = [(k, c / len(chosen)) for k, c in enumerate(chosen)]
