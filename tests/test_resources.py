@@ -29,6 +29,7 @@ ROOT = Path(__file__).resolve().parents[1]
 CONFIG = ROOT / "config"
 LLAMA = CONFIG / "experiments" / "cost_llama.yaml"
 QUICKSTART = CONFIG / "experiments" / "quickstart.yaml"
+STUDY = CONFIG / "experiments" / "study_llm_pruner.yaml"
 MODELS = ("llama-7b", "llama-13b", "llama-2-70b")
 
 Nodes = Callable[..., Node]
@@ -317,6 +318,52 @@ def test_second_order_covers_what_was_measured(cluster: Cluster) -> None:
     node = find("statistics", "smollm2-135m", QUICKSTART, "gradients")
     fisher = replace(node, params={**node.params, "name": "fisher"})
     assert 1374 <= request(fisher, cluster).mem_mb <= 4 * 1374
+
+
+def zeroth_order(model: str, path: Path, **options: Any) -> Node:
+    """The pass of gradients from forward passes over the calibration set of another."""
+    from prunelib.methods import create
+
+    told = create("mini_llm", options).statistic_options["zeroth_order"]
+    node = find("statistics", model, path)
+    more = {"name": "zeroth_order", "options": dict(told), "seed": 0}
+    return replace(node, params={**node.params, **more})
+
+
+def test_gradients_from_forward_passes_by_hand(cluster: Cluster) -> None:
+    sentence = request(zeroth_order("llama-7b", LLAMA), cluster).explanation
+    # 1,280 tokens x 4,096 x 2 B a side: one direction's two sides beside one clean stream.
+    assert "hidden states of 1 directions and 1 minibatches" in sentence
+    assert f"a moved matrix, its estimate and product ({11_008 * 4_096 * 10 / 1e9:.3g} GB)" in (
+        sentence
+    )
+    gates = request(zeroth_order("llama-7b", LLAMA, perturbation="gates"), cluster)
+    assert "a moved matrix" not in gates.explanation
+    streamed = request(zeroth_order("llama-2-70b", LLAMA, streamed=True), cluster)
+    assert (streamed.gpus, request(zeroth_order("llama-2-70b", LLAMA), cluster).gpus) == (1, 2)
+    # Two embeddings of 32,000 x 8,192, the final norm, and two blocks of 855,654,400.
+    held = 2 * (2 * 32_000 * 8_192 + 8_192 + 2 * 855_654_400)
+    assert f"weights outside the layers and two blocks ({held / 1e9:.3g} GB)" in (
+        streamed.explanation
+    )
+    work = {
+        count: resources._statistics(
+            resources._Case(
+                zeroth_order("llama-7b", LLAMA, perturbations=count), cluster, cluster.gpu(None)[1]
+            )
+        )
+        for count in (1, 2, 3)
+    }
+    # Two passes for every direction more.
+    assert work[3].flops - work[2].flops == work[2].flops - work[1].flops
+    assert work[2].flops / work[1].flops == pytest.approx(6 / 4)
+
+
+def test_gradients_from_forward_passes_cover_what_was_measured(cluster: Cluster) -> None:
+    # Peak resident memory of the processes, ten windows of 128 tokens: MiB.
+    for options, measured in (({}, 1085), ({"streamed": True}, 692)):
+        node = zeroth_order("smollm2-135m", STUDY, **options)
+        assert measured <= request(node, cluster).mem_mb <= 4 * measured
 
 
 def test_buffers_are_those_of_the_steps() -> None:

@@ -36,6 +36,7 @@ def main(request: StepRequest, out: Path) -> None:
     collector = importlib.import_module(f"prunelib.statistics.{name}")
     options = dict(params.get("options", {}))
     if options.pop("streamed", False):
+        # Through the pass: the others do not depend on that code.
         model = collector.StreamedLayers(
             request.inputs["model"], device=device, dtype=dtype, plan=plan
         )

@@ -416,7 +416,7 @@ def _statistics(case: _Case) -> Work:
 
     The passes over the whole model (``..._whole``) hold the gradients of what is outside the layers
     beside that, fp32, with a product and, over several batches, their sums. ``fms_gradients`` goes
-    forward once more before.
+    forward once more before, ``fms_direct`` forward twice and through the head alone back.
     """
     model, item = case.model, case.item
     name = str(case.param("name"))
@@ -485,6 +485,14 @@ def _statistics(case: _Case) -> Work:
             device += (Term(label, model.layers * hole),)
         disk = model.layers * 8 * sum(columns for _, columns in linears)
         flops = tokens * model.flops(model.parameters)
+        if name == "fms_direct":
+            device += (
+                Term("hidden states and gradients", 4 * tokens * model.hidden * item),
+                Term("a projection's gradient and product", 2 * model.largest * 4),
+                Term("three chunks of logits", 3 * HEAD_BYTES),
+            )
+            # Twice forward, the head back, and a product of the output projections' shape.
+            flops *= 3
     return Work(device, host, flops, moved, host_seconds=seconds, disk=disk + SMALL_BYTES)
 
 
