@@ -13,7 +13,14 @@ from prunelib.checkpoint import load_model
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.families import family_of
 from prunelib.recovery.lora import parse_recipe, recover
-from prunelib.statistics import activations, fisher, gradients
+from prunelib.statistics import (
+    activations,
+    fisher,
+    fms_direct,
+    fms_gradients,
+    gradients,
+    zeroth_order,
+)
 
 pytestmark = pytest.mark.gpu
 WINDOWS = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(3))
@@ -28,12 +35,47 @@ def gpu() -> None:
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "qwen2", "qwen3", "opt", "bloom", "glm"])
 def test_statistics_agree(name: str) -> None:
     config = tiny_config(name)
-    for module in (activations, gradients, fisher):
+    for module in (activations, gradients, fisher, fms_gradients, fms_direct):
         here = module.collect(tiny_model(name), family_of(config), config, WINDOWS, 6)
         there = module.collect(tiny_model(name).cuda(), family_of(config), config, WINDOWS, 6)
         for key, value in here.items():
             scale = value.abs().max().item() + 1e-6
             assert (there[key] - value).abs().max().item() < 1e-3 * scale, key
+
+
+@pytest.mark.parametrize("name", ["llama", "bloom"])
+def test_gates_are_moved_alike(name: str) -> None:
+    """Their directions are the same on every device."""
+    config = tiny_config(name)
+    family, options = family_of(config), {"seed": 0, "perturbation": "gates", "epsilon": 0.01}
+    here, there = (
+        zeroth_order.collect(model, family, config, WINDOWS, 6, **options)
+        for model in (tiny_model(name), tiny_model(name).cuda())
+    )
+    for key in ("coefficients", "1.mlp_channel.gate", "2.kv_group.norm"):
+        scale = here[key].abs().max().item()
+        assert (there[key] - here[key]).abs().max().item() < 1e-2 * scale, key
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("perturbation", ["weights", "low_rank"])
+def test_streamed_layers_give_the_same_bits(
+    dtype: str, perturbation: str, tiny_checkpoint: Callable[[str], Path]
+) -> None:
+    directory = tiny_checkpoint("llama")
+    config = tiny_config("llama")
+    options = {"seed": 0, "perturbations": 3, "perturbation": perturbation, "epsilon": 0.03}
+    model = load_model(directory, device="cuda:0", dtype=dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    here, there = (
+        zeroth_order.collect(source, family_of(config), config, WINDOWS, 6, **options)
+        for source in (
+            model,
+            zeroth_order.StreamedLayers(directory, device="cuda:0", dtype=dtype),
+        )
+    )
+    assert all(torch.equal(there[key], value) for key, value in here.items())
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -524,6 +524,19 @@ def test_losses_side_by_side_change_nothing(monkeypatch: pytest.MonkeyPatch) -> 
     assert all(torch.equal(alone[key], value) for key, value in together.items())
 
 
+def test_layers_that_are_spread_over_devices_are_entered_through_their_wrappers() -> None:
+    """As accelerate leaves them: every layer's ``forward`` moves its arguments first."""
+    from accelerate.hooks import AlignDevicesHook, add_hook_to_module
+
+    model = tiny_model("llama")
+    for layer in model.model.layers:
+        add_hook_to_module(layer, AlignDevicesHook("cpu", io_same_device=True))
+    wrappers = [layer.forward for layer in model.model.layers]
+    here, there = estimate("llama"), estimate("llama", model=model)
+    assert all(torch.equal(there[key], value) for key, value in here.items())
+    assert [layer.forward for layer in model.model.layers] == wrappers
+
+
 def test_cost_is_counted_in_forward_passes() -> None:
     def passes(**options: Any) -> float:
         return estimate("llama", **options)["forward_passes"].item()
