@@ -30,7 +30,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
 # holds the copies equal.
-GRAPH_BYTES = 512 * MIB
+GRAPH_BYTES = 256 * MIB
 HEAD_BYTES = 64 * MIB
 STREAM_BYTES = 32 * MIB
 LOSS_CHUNK = 256

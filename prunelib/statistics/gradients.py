@@ -11,8 +11,8 @@ over all calibration windows (LLM-Pruner, arXiv 2305.11627, section 3.2):
 The absolute value comes after the sum over windows, so gradients of a whole layer must exist at
 once, but only of one layer: the forward pass keeps each layer's input, the backward pass goes
 through the layers from the last to the first, recomputes a layer, reduces its gradients and frees
-them. Graphs are kept, and nothing is recomputed, as far as activations fit into ``GRAPH_BYTES``.
-The head is applied in chunks of positions.
+them. The layers nearest the loss need no recomputation: their graph is kept as far as the
+activations fit into ``GRAPH_BYTES``. The head is applied in chunks of positions.
 
 ``sweep`` is that walk; what is kept of a layer's gradients is the caller's ``Sums``, so that
 second order (``prunelib.statistics.fisher``) shares everything else. On request it goes on to the
@@ -25,11 +25,9 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.utils.checkpoint import checkpoint
 
 from prunelib.errors import NonFiniteError
 from prunelib.statistics.batches import batches, progress
@@ -42,8 +40,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Kept between the forward and the backward pass; more is faster, by a fifth at the most.
-GRAPH_BYTES = 512 * 1024**2
+# Kept between the forward and the backward pass; more is faster, by a quarter at the most.
+GRAPH_BYTES = 256 * 1024**2
 LOGITS_BYTES = 64 * 1024**2
 
 
@@ -93,68 +91,74 @@ class Sums:
 
 
 class _LayerRecorder:
-    """Stands in for the layers' forward functions and keeps what the backward pass needs.
-
-    A layer's graph is kept whole while all kept ones fit into ``graph_bytes`` (the first layer's
-    tells how large one is; then the last layers, which the backward pass frees first); of the
-    others only the input, from which the graph is made again, short of what no gradient needs.
+    """Hooks that keep every layer's input and, for the last layers, its graph.
 
     Attributes:
         inputs: per layer, the hidden states [batch, length, hidden] as a leaf.
-        outputs: per layer, the output with its graph.
-        last: the last layer's output [batch, length, hidden].
+        arguments: per layer, the other keyword arguments of its call.
+        outputs: per layer whose graph is kept, the output.
     """
 
     def __init__(self, layers: nn.ModuleList, graph_bytes: int) -> None:
         self.inputs: list[torch.Tensor] = []
-        self.outputs: list[torch.Tensor] = []
+        self.arguments: list[dict[str, Any]] = []
+        self.outputs: dict[int, torch.Tensor] = {}
         self.last: torch.Tensor | None = None
+        self._count = len(layers)
         self._graph_bytes = graph_bytes
-        self._count = self._first_kept = len(layers)
+        self._first_kept = len(layers)
+        self._saved: dict[int, int] = {}
+        self._counting: Any = None
         self._parameters = {p.data_ptr() for p in layers.parameters()}
-        self._replaced = [(layer, layer.__dict__.get("forward")) for layer in layers]
-        for layer in layers:
-            layer.forward = partial(self._run, layer.forward)
+        self._hooks: list[Any] = []
+        for index, layer in enumerate(layers):
+            self._hooks.append(
+                layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
+            )
+            self._hooks.append(layer.register_forward_hook(self._after(index)))
 
-    def _run(self, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        hidden = args[0] if args else kwargs.pop("hidden_states")
-        leaf = hidden.detach().requires_grad_()
-        with torch.enable_grad():
-            whole = self._first(forward, leaf, kwargs) if not self.inputs else None
-            if whole is None and len(self.inputs) >= self._first_kept:
-                whole = forward(leaf, **kwargs)
-            if whole is None:
-                whole = checkpoint(
-                    forward, leaf, use_reentrant=False, preserve_rng_state=False, **kwargs
+    def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in self._parameters:
+            self._saved[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    def _before(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+            kwargs = dict(kwargs)
+            hidden = args[0] if args else kwargs.pop("hidden_states")
+            leaf = hidden.detach().requires_grad_()
+            self.inputs.append(leaf)
+            self.arguments.append(kwargs)
+            # The first layer is run once with its graph, to learn how much one layer keeps.
+            torch.set_grad_enabled(index == 0 or index >= self._first_kept)
+            if index == 0:
+                self._counting = torch.autograd.graph.saved_tensors_hooks(
+                    self._count_saved, lambda tensor: tensor
                 )
-        self.inputs.append(leaf)
-        self.outputs.append(whole[0] if isinstance(whole, tuple) else whole)
-        self.last = self.outputs[-1].detach()
-        return whole
+                self._counting.__enter__()
+            return (leaf,), kwargs
 
-    def _first(self, forward: Callable[..., Any], leaf: torch.Tensor, kwargs: Any) -> Any:
-        """Run the first layer with its graph, decide what is kept; None if it is too large."""
-        saved: dict[int, int] = {}
+        return hook
 
-        def count(tensor: torch.Tensor) -> torch.Tensor:
-            storage = tensor.untyped_storage()
-            if storage.data_ptr() not in self._parameters:
-                saved[storage.data_ptr()] = storage.nbytes()
-            return tensor
+    def _after(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+            output = output[0] if isinstance(output, tuple) else output
+            if index == 0:
+                self._counting.__exit__(None, None, None)
+                size = max(sum(self._saved.values()), 1)
+                self._first_kept = self._count - self._graph_bytes // size
+            if index >= max(self._first_kept, 1):
+                self.outputs[index] = output
+            if index == self._count - 1:
+                self.last = output.detach()
+                torch.set_grad_enabled(False)
 
-        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
-            output = forward(leaf, **kwargs)
-        kept = self._graph_bytes // max(sum(saved.values()), 1)
-        if not kept:
-            return None
-        self._first_kept = self._count - kept + 1
-        return output
+        return hook
 
     def close(self) -> None:
-        for layer, forward in self._replaced:
-            del layer.forward
-            if forward is not None:
-                layer.forward = forward
+        for hook in self._hooks:
+            hook.remove()
 
 
 def _head_shares(
@@ -360,9 +364,13 @@ def sweep(
             names, parameters = zip(*layers[index].named_parameters(), strict=True)
             total = sums()
             for number, recorder in enumerate(recorders):
-                leaf, output = recorder.inputs.pop(), recorder.outputs.pop()
-                upstream = gradients[number].to(output.device)
+                leaf, arguments = recorder.inputs.pop(), recorder.arguments.pop()
+                output = recorder.outputs.pop(index, None)
                 with torch.enable_grad():
+                    if output is None:
+                        output = layers[index](leaf, **arguments)
+                    output = output[0] if isinstance(output, tuple) else output
+                    upstream = gradients[number].to(output.device)
                     found = torch.autograd.grad(output, (leaf, *parameters), upstream)
                 gradients[number] = found[0]
                 total.add(found[1:])
