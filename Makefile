@@ -66,16 +66,21 @@ doctor: $(READY)
 
 # Two workers: most tests keep one core busy, those on a SLURM cluster or a remote mostly wait. A
 # file's tests stay together, since they share what takes long to set up.
-PYTEST := $(BIN)/python -m pytest -n 2 --dist loadfile
-
 test: $(READY)
-	$(PYTEST) -m "not long and not gpu" --durations=10
+	$(BIN)/python -m pytest -n 2 --dist loadfile -m "not long and not gpu" --durations=10
 
 test-all: test test-long
 
-# The longer tier alone: what `make test` has not run already.
+# The longer tier alone: what `make test` has not run already. The tests on a SLURM cluster mostly
+# wait for it, so the others run beside them.
+SLURM_TESTS := tests/test_slurm.py tests/test_doctor.py
+SLURM_LOG := .pytest_cache/slurm.log
 test-long: $(READY)
-	$(PYTEST) -m "long and not gpu" --durations=15
+	@mkdir -p $(dir $(SLURM_LOG)); \
+	$(BIN)/python -m pytest -m "long and not gpu" --durations=10 $(SLURM_TESTS) >$(SLURM_LOG) 2>&1 & \
+	slurm=$$!; \
+	$(BIN)/python -m pytest -m "long and not gpu" --durations=10 $(SLURM_TESTS:%=--ignore=%); \
+	others=$$?; wait $$slurm; slurm=$$?; cat $(SLURM_LOG); exit $$((others | slurm))
 
 test-gpu: $(READY)
 	$(BIN)/python -m pytest -m gpu -r fE
