@@ -4,7 +4,9 @@ Three figures: the run's wall time over the sum of the steps' own times; the sha
 the step does not work yet or any more (queue aside: nested Snakemake processes, imports); and how
 long a job waited in the queue.
 
-    python benchmarks/slurm_overhead.py            # in the run's directory, on the cluster
+    python benchmarks/slurm_overhead.py --wall SECONDS --experiment FILE   # on the cluster
+
+Run it in the run's directory. Without the experiment, every step found there counts.
 """
 
 from __future__ import annotations
@@ -17,6 +19,11 @@ import sys
 from dataclasses import dataclass
 from datetime import datetime
 from pathlib import Path
+from typing import Any
+
+from prunelib.experiment.experiment import Experiment
+from prunelib.experiment.graph import closure
+from prunelib.sharing.repository import steps_of
 
 
 @dataclass(frozen=True)
@@ -29,8 +36,18 @@ class Job:
     own: float
 
 
-def read_jobs(results: Path) -> list[Job]:
-    """Return the SLURM jobs whose steps left a record."""
+def read_records(results: Path, experiment: Path | None) -> list[dict[str, Any]]:
+    """Return the records of all steps, or of those of one experiment."""
+    found = {path.parent: path for path in results.glob("*/**/provenance.json")}
+    if experiment is not None:
+        steps = closure(steps_of(Experiment.load(experiment, Path("config"))))
+        wanted = {node.directory for node in steps.values()}
+        found = {directory: path for directory, path in found.items() if directory in wanted}
+    return [json.loads(path.read_text(encoding="utf-8")) for path in found.values()]
+
+
+def read_jobs(records: list[dict[str, Any]]) -> list[Job]:
+    """Return the SLURM jobs of the records."""
     columns = "JobIDRaw,Submit,Start,End"
     command = ["sacct", "-X", "-n", "-P", "-S", "now-7days", "-o", columns]
     lines = subprocess.run(command, check=True, capture_output=True, text=True).stdout.splitlines()
@@ -40,8 +57,7 @@ def read_jobs(results: Path) -> list[Job]:
         if "Unknown" not in moments:
             accounted[number] = [datetime.fromisoformat(moment) for moment in moments]
     jobs = []
-    for path in results.glob("*/**/provenance.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
+    for record in records:
         number = record["environment"].get("SLURM_JOB_ID")
         if number in accounted:
             submit, start, end = accounted[number]
@@ -50,23 +66,15 @@ def read_jobs(results: Path) -> list[Job]:
     return jobs
 
 
-def local_seconds(results: Path) -> list[float]:
-    """Return the own times of the steps that ran without SLURM."""
-    found = []
-    for path in results.glob("*/**/provenance.json"):
-        record = json.loads(path.read_text(encoding="utf-8"))
-        if not record["environment"].get("SLURM_JOB_ID"):
-            found.append(record["seconds"])
-    return found
-
-
 def main() -> int:
     """Print the figures by step and in all."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--results", type=Path, default=Path("results"))
+    parser.add_argument("--experiment", type=Path, help="count only this experiment's steps")
     parser.add_argument("--wall", type=float, required=True, help="seconds that the run took")
     options = parser.parse_args()
-    jobs = read_jobs(options.results)
+    records = read_records(options.results, options.experiment)
+    jobs = read_jobs(records)
     if not jobs:
         print("no step in the results ran in a SLURM job that sacct knows", file=sys.stderr)
         return 1
@@ -84,7 +92,7 @@ def main() -> int:
         own, elapsed, start_up, queued = medians
         print(f"{step:12}{len(those):5}{own:9.1f}{elapsed:9.1f}{start_up:12.1f}{queued:9.1f}")
     own, elapsed = sum(job.own for job in jobs), sum(job.elapsed for job in jobs)
-    local = local_seconds(options.results)
+    local = [r["seconds"] for r in records if not r["environment"].get("SLURM_JOB_ID")]
     print(
         f"own times {own:.0f} s in {len(jobs)} jobs, {sum(local):.0f} s in {len(local)} local steps"
     )
