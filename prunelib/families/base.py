@@ -336,7 +336,10 @@ class Family(ABC):
         Raises:
             InputError: this family has no such kind.
         """
-        kinds = self.units(config) | self.model_units(config)
+        kinds = self.units(config)
+        if name not in kinds:
+            # These have members in every layer and are asked for by few methods.
+            kinds |= self.model_units(config)
         if name not in kinds:
             raise InputError(
                 f"unit kind {name!r} does not exist in family {self.name}; "
