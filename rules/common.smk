@@ -80,6 +80,24 @@ def start_again():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def start_fork_server():
+    """Start the process that local steps are forked from; it ends with this one."""
+    import socket
+    import subprocess
+
+    address = Path(tempfile.mkdtemp(prefix="prunelib-")) / "socket"
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(address))
+        listener.listen(128)
+        script = ROOT / "workflow_scripts/fork_server.py"
+        subprocess.Popen(
+            [sys.executable, "-P", script, "--serve", str(listener.fileno())],
+            stdin=subprocess.PIPE,
+            pass_fds=[listener.fileno()],
+        )
+    os.environ["PRUNELIB_FORK_SERVER"] = str(address)
+
+
 onstart:
     gc.freeze()
     gc.enable()
@@ -115,3 +133,5 @@ onstart:
             watch.start(status_command, say, again)
     except PrunelibError as error:
         raise WorkflowError(f"{error}")
+    if FORKS:
+        start_fork_server()

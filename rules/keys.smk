@@ -22,6 +22,15 @@ BROKEN = {
 }
 save_parsed(Path("results/.parsed.json"))
 RUN = f"{shell_word(sys.executable)} -P {shell_word(ROOT / 'workflow_scripts')}"
+# A run on this machine's CPU forks its steps; only worth it for more than a few of them.
+FORKS = (
+    PLANS
+    and not workflow.non_local_exec
+    and sys.platform == "linux"
+    and EXPERIMENT.data["compute"]["device"] == "cpu"
+    and len(WANTED) > 3
+)
+STEP = f"{RUN}/fork_server.py {shell_word(ROOT / 'workflow_scripts')}" if FORKS else RUN
 
 
 wildcard_constraints:
@@ -73,7 +82,7 @@ THREADS = int(EXPERIMENT.data["compute"]["threads"])
 
 def step_command(script):
     """The command of a step."""
-    return f"{RUN}/{script}.py --request {{params.request:q}} > {{log}} 2>&1"
+    return f"{STEP}/{script}.py --request {{params.request:q}} > {{log}} 2>&1"
 
 
 # The step replaces what it finds.
