@@ -148,13 +148,13 @@ def test_an_ignored_signal_stays_ignored(server: Server, tmp_path: Path) -> None
         " signal.Handlers) else 'own' for n in (1, 2, 15)], flush=True)",
         encoding="utf-8",
     )
-    for ignored in ((), (signal.SIGHUP, signal.SIGINT)):
-        command = server.start(
-            script, stdout=subprocess.PIPE,
-            preexec_fn=lambda numbers=ignored: [
-                signal.signal(number, signal.SIG_IGN) for number in numbers
-            ],
-        )  # fmt: skip
+    for ignored in (set(), {signal.SIGHUP, signal.SIGINT}):
+
+        def set_up(ignored: set[signal.Signals] = ignored) -> None:
+            for number in (signal.SIGHUP, signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN if number in ignored else signal.SIG_DFL)
+
+        command = server.start(script, stdout=subprocess.PIPE, preexec_fn=set_up)
         out, _ = command.communicate()
         first, second = ("SIG_IGN", "SIG_IGN") if ignored else ("SIG_DFL", "own")
         assert out.strip() == str([first, second, "SIG_DFL"])
