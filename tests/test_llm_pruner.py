@@ -262,12 +262,12 @@ def per_sample_autograd(model: Any, windows: torch.Tensor) -> tuple[Any, Any, fl
     return first, second, float(np.mean(losses))
 
 
-@pytest.mark.parametrize("graph_bytes", [0, 1 << 29])
+@pytest.mark.parametrize("kept_bytes", [0, 1 << 29])
 @pytest.mark.parametrize("name", ["llama", "llama-bias", "llama-tied", "qwen2", "qwen3"])
 def test_fisher_equals_a_loop_over_samples(
-    name: str, graph_bytes: int, monkeypatch: pytest.MonkeyPatch
+    name: str, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "GRAPH_BYTES", graph_bytes)
+    monkeypatch.setattr(gradients, "KEPT_BYTES", kept_bytes)
     config, model = tiny_config(name), tiny_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = fisher.collect(model, family_of(config), config, WINDOWS, 3)

@@ -371,7 +371,7 @@ def test_buffers_are_those_of_the_steps() -> None:
     from prunelib.recovery import loss
     from prunelib.statistics import gradients, zeroth_order
 
-    assert resources.GRAPH_BYTES == gradients.GRAPH_BYTES
+    assert resources.KEPT_BYTES == gradients.KEPT_BYTES
     assert resources.STREAM_BYTES == zeroth_order.STREAM_BYTES
     assert resources.HEAD_BYTES == gradients.LOGITS_BYTES
     assert resources.LOSS_CHUNK == loss.CHUNK

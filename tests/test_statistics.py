@@ -29,12 +29,12 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
-@pytest.mark.parametrize(("batch", "graph_bytes"), [(6, 0), (6, 1 << 29), (2, 0), (4, 100_000)])
+@pytest.mark.parametrize(("batch", "kept_bytes"), [(6, 0), (6, 1 << 29), (2, 0), (4, 100_000)])
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_equal_plain_autograd(
-    name: str, batch: int, graph_bytes: int, monkeypatch: pytest.MonkeyPatch
+    name: str, batch: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "GRAPH_BYTES", graph_bytes)
+    monkeypatch.setattr(gradients, "KEPT_BYTES", kept_bytes)
     monkeypatch.setattr(gradients, "LOGITS_BYTES", 97 * 4 * 7)
     config, model = tiny_config(name), tiny_model(name)
     layers = family_of(config).layers(model)

@@ -30,7 +30,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
 # holds the copies equal.
-GRAPH_BYTES = 256 * MIB
+KEPT_BYTES = 384 * MIB
 HEAD_BYTES = 64 * MIB
 STREAM_BYTES = 32 * MIB
 LOSS_CHUNK = 256
@@ -439,7 +439,7 @@ def _statistics(case: _Case) -> Work:
         widened = 4 if item < 4 else 0
         sums = 8 + widened if fisher else item + widened if batches > 1 else 0
         layer = model.block * (item + sums) + model.largest * 4
-        # A recomputed layer beside the kept graphs, and the gradients of its intermediates.
+        # A recomputed layer beside the kept products, and the gradients of its intermediates.
         gradients = item * 4 * (model.hidden + model.inner) + model.score_token_bytes(item, length)
         backward = batch * (model.graph_token_bytes(item, length) + gradients)
         device += (
@@ -447,7 +447,7 @@ def _statistics(case: _Case) -> Work:
                 f"inputs of {model.layers} layers x {tokens:,} tokens x {model.hidden} x {item} B",
                 tokens * (model.layers + 2) * model.hidden * item,
             ),
-            Term("kept graphs", min(GRAPH_BYTES, backward * model.layers)),
+            Term("kept products", min(KEPT_BYTES, backward * model.layers)),
             Term(f"one layer's graph of {batch:,} tokens", backward),
             Term("one layer's gradients", layer),
             Term("four chunks of logits", 4 * HEAD_BYTES),

@@ -11,8 +11,8 @@ over all calibration windows (LLM-Pruner, arXiv 2305.11627, section 3.2):
 The absolute value comes after the sum over windows, so gradients of a whole layer must exist at
 once, but only of one layer: the forward pass keeps each layer's input, the backward pass goes
 through the layers from the last to the first, recomputes a layer, reduces its gradients and frees
-them. The layers nearest the loss need no recomputation: their graph is kept as far as the
-activations fit into ``GRAPH_BYTES``. The head is applied in chunks of positions.
+them. The outputs of linear maps, most of a layer's time, are kept as far as they fit into
+``KEPT_BYTES`` and not computed again. The head is applied in chunks of positions.
 
 ``sweep`` is that walk; what is kept of a layer's gradients is the caller's ``Sums``, so that
 second order (``prunelib.statistics.fisher``) shares everything else. On request it goes on to the
@@ -25,6 +25,7 @@ import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -41,7 +42,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 # Kept between the forward and the backward pass; more is faster, by a quarter at the most.
-GRAPH_BYTES = 256 * 1024**2
+KEPT_BYTES = 384 * 1024**2
 LOGITS_BYTES = 64 * 1024**2
 
 
@@ -90,75 +91,139 @@ class Sums:
         return reduced | rows_and_columns(f"{name}.abs", product.abs_())
 
 
+class _KnownProduct(torch.autograd.Function):
+    """A linear map whose output is known, or needed by no gradient: only its backward is run."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        known: torch.Tensor,
+        states: torch.Tensor,
+        weight: torch.Tensor,
+        bias: torch.Tensor | None,
+    ) -> torch.Tensor:
+        """Return ``known`` [..., rows]; the others as of ``torch.nn.functional.linear``."""
+        ctx.save_for_backward(states, weight)
+        ctx.biased = bias is not None
+        return known.view_as(known)
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        """Return the gradients of states, weight and bias."""
+        states, weight = ctx.saved_tensors
+        flat = upstream[0].flatten(0, -2)
+        return (
+            None,
+            upstream[0] @ weight,
+            flat.T @ states.flatten(0, -2),
+            flat.sum(0) if ctx.biased else None,
+        )
+
+
 class _LayerRecorder:
-    """Hooks that keep every layer's input and, for the last layers, its graph.
+    """Hooks that keep every layer's input and, for the last layers, what their linear maps gave.
 
     Attributes:
         inputs: per layer, the hidden states [batch, length, hidden] as a leaf.
         arguments: per layer, the other keyword arguments of its call.
-        outputs: per layer whose graph is kept, the output.
+        known: per layer, linear maps and their outputs; None for one that no gradient needs.
+        last: the last layer's output.
     """
 
-    def __init__(self, layers: nn.ModuleList, graph_bytes: int) -> None:
+    def __init__(self, layers: nn.ModuleList, kept_bytes: int) -> None:
         self.inputs: list[torch.Tensor] = []
         self.arguments: list[dict[str, Any]] = []
-        self.outputs: dict[int, torch.Tensor] = {}
+        self.known: list[dict[nn.Module, torch.Tensor | None]] = [{} for _ in layers]
         self.last: torch.Tensor | None = None
-        self._count = len(layers)
-        self._graph_bytes = graph_bytes
-        self._first_kept = len(layers)
-        self._saved: dict[int, int] = {}
-        self._counting: Any = None
-        self._parameters = {p.data_ptr() for p in layers.parameters()}
+        self._kept_bytes = kept_bytes
+        self._first_kept = self._count = len(layers)
+        # Of the first layer, which tells how much one layer keeps.
+        self._called: list[tuple[nn.Module, int]] = []
+        self._final: str | None = None
         self._hooks: list[Any] = []
         for index, layer in enumerate(layers):
-            self._hooks.append(
-                layer.register_forward_pre_hook(self._before(index), with_kwargs=True)
-            )
-            self._hooks.append(layer.register_forward_hook(self._after(index)))
-
-    def _count_saved(self, tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in self._parameters:
-            self._saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
+            self._hooks += [
+                layer.register_forward_pre_hook(self._before(index), with_kwargs=True),
+                layer.register_forward_hook(self._after(index)),
+            ]
+            for module in layer.modules():
+                if not index and not list(module.children()):
+                    self._hooks.append(module.register_forward_hook(self._note))
+                if index and _is_plain(module):
+                    self._hooks.append(module.register_forward_hook(self._keep(index)))
 
     def _before(self, index: int) -> Any:
-        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             kwargs = dict(kwargs)
             hidden = args[0] if args else kwargs.pop("hidden_states")
-            leaf = hidden.detach().requires_grad_()
-            self.inputs.append(leaf)
+            self.inputs.append(hidden.detach().requires_grad_())
             self.arguments.append(kwargs)
-            # The first layer is run once with its graph, to learn how much one layer keeps.
-            torch.set_grad_enabled(index == 0 or index >= self._first_kept)
-            if index == 0:
-                self._counting = torch.autograd.graph.saved_tensors_hooks(
-                    self._count_saved, lambda tensor: tensor
-                )
-                self._counting.__enter__()
-            return (leaf,), kwargs
+
+        return hook
+
+    def _note(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+        self._called.append((module, output.nbytes if _is_plain(module) else 0))
+
+    def _keep(self, index: int) -> Any:
+        def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
+            if index >= self._first_kept:
+                self.known[index][module] = output
 
         return hook
 
     def _after(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
-            output = output[0] if isinstance(output, tuple) else output
             if index == 0:
-                self._counting.__exit__(None, None, None)
-                size = max(sum(self._saved.values()), 1)
-                self._first_kept = self._count - self._graph_bytes // size
-            if index >= max(self._first_kept, 1):
-                self.outputs[index] = output
+                size = sum(nbytes for _, nbytes in self._called)
+                last, nbytes = self._called[-1]
+                if _is_plain(last):
+                    # Nothing but the residual sum comes after it.
+                    self._final = next(n for n, m in module.named_modules() if m is last)
+                    size -= nbytes
+                self._first_kept = max(self._count - self._kept_bytes // max(size, 1), 1)
+            elif self._final:
+                self.known[index].pop(module.get_submodule(self._final), None)
             if index == self._count - 1:
-                self.last = output.detach()
-                torch.set_grad_enabled(False)
+                self.last = output[0] if isinstance(output, tuple) else output
 
         return hook
 
     def close(self) -> None:
         for hook in self._hooks:
             hook.remove()
+
+    def run_again(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        """Forget the last layer that is left; return its input, and its graph as an output.
+
+        The values of that output are not those of the layer.
+        """
+        leaf, known = self.inputs.pop(), self.known.pop()
+        if self._final and _is_plain(final := layer.get_submodule(self._final)):
+            known[final] = None
+        for module, value in known.items():
+            module.forward = partial(_known_product, module, value)
+        try:
+            with torch.enable_grad():
+                output = layer(leaf, **self.arguments.pop())
+        finally:
+            for module in known:
+                del module.forward
+        return leaf, output[0] if isinstance(output, tuple) else output
+
+
+def _is_plain(module: nn.Module) -> bool:
+    """Whether a module is a linear map, and nothing else has replaced its forward function."""
+    return type(module) is torch.nn.Linear and "forward" not in vars(module)
+
+
+def _known_product(
+    module: nn.Module, known: torch.Tensor | None, states: torch.Tensor
+) -> torch.Tensor:
+    assert isinstance(module, torch.nn.Linear)
+    if known is None:
+        known = states.new_zeros(()).expand(*states.shape[:-1], module.out_features)
+    product: torch.Tensor = _KnownProduct.apply(known, states, module.weight, module.bias)
+    return product
 
 
 def _head_shares(
@@ -348,7 +413,7 @@ def sweep(
         layers.requires_grad_(True)
         recorders, gradients, loss = [], [], 0.0
         for part in progress(parts, len(parts), "forward batches", logger):
-            recorder = _LayerRecorder(layers, GRAPH_BYTES // len(parts))
+            recorder = _LayerRecorder(layers, KEPT_BYTES // len(parts))
             try:
                 with torch.no_grad():
                     model.base_model(input_ids=part.to(model.device), use_cache=False)
@@ -364,14 +429,9 @@ def sweep(
             names, parameters = zip(*layers[index].named_parameters(), strict=True)
             total = sums()
             for number, recorder in enumerate(recorders):
-                leaf, arguments = recorder.inputs.pop(), recorder.arguments.pop()
-                output = recorder.outputs.pop(index, None)
-                with torch.enable_grad():
-                    if output is None:
-                        output = layers[index](leaf, **arguments)
-                    output = output[0] if isinstance(output, tuple) else output
-                    upstream = gradients[number].to(output.device)
-                    found = torch.autograd.grad(output, (leaf, *parameters), upstream)
+                leaf, output = recorder.run_again(layers[index])
+                upstream = gradients[number].to(output.device)
+                found = torch.autograd.grad(output, (leaf, *parameters), upstream)
                 gradients[number] = found[0]
                 total.add(found[1:])
                 del found, output
