@@ -117,10 +117,8 @@ def test_articles_are_disjoint(fetched: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize(("criterion", "bound"), [("vector", 0.98), ("mixed", 0.99)])
-def test_half_precision_ranks_as_full_precision(
-    criterion: str, bound: float, fetched: tuple[Path, Path]
-) -> None:
+@pytest.mark.parametrize("criterion", ["vector", "mixed"])
+def test_half_precision_ranks_as_full_precision(criterion: str, fetched: tuple[Path, Path]) -> None:
     """Spearman correlation of a layer's MLP channels, bf16 scoring with fp32 sums against fp32.
 
     Measured over 4 x 64 tokens, lowest layer: weights alone in bf16 0.9995 (vector) and 0.9999
@@ -147,4 +145,4 @@ def test_half_precision_ranks_as_full_precision(
     products = ranks(half.to(torch.bfloat16))
     for layer, expected in enumerate(full):
         assert np.corrcoef(expected, rounded[layer])[0, 1] >= 0.99, layer
-        assert np.corrcoef(expected, products[layer])[0, 1] >= bound, layer
+        assert np.corrcoef(expected, products[layer])[0, 1] >= 0.99, layer
