@@ -259,7 +259,7 @@ class Experiment:
 
     # ---------------------------------------------------------------- nodes
 
-    @property
+    @cached_property
     def _compute(self) -> dict[str, Any]:
         compute = self.data["compute"]
         return {name: compute[name] for name in ("device", "dtype", "threads")}
