@@ -109,7 +109,12 @@ class _KnownProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return the gradients of states, weight and bias."""
+        """Return those of states [..., columns], weight [rows, columns] and bias [rows].
+
+        Args:
+            ctx: holds states and weight.
+            upstream: the one gradient of the output [..., rows].
+        """
         states, weight = ctx.saved_tensors
         flat = upstream[0].flatten(0, -2)
         return (
