@@ -267,7 +267,7 @@ def per_sample_autograd(model: Any, windows: torch.Tensor) -> tuple[Any, Any, fl
 def test_fisher_equals_a_loop_over_samples(
     name: str, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(gradients, "kept_bytes", lambda model: kept_bytes)
     config, model = tiny_config(name), tiny_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     found = fisher.collect(model, family_of(config), config, WINDOWS, 3)

@@ -372,6 +372,7 @@ def test_buffers_are_those_of_the_steps() -> None:
     from prunelib.statistics import gradients, zeroth_order
 
     assert resources.KEPT_BYTES == gradients.KEPT_BYTES
+    assert resources.KEPT_WEIGHTS == gradients.KEPT_WEIGHTS
     assert resources.STREAM_BYTES == zeroth_order.STREAM_BYTES
     assert resources.HEAD_BYTES == gradients.LOGITS_BYTES
     assert resources.LOSS_CHUNK == loss.CHUNK

@@ -29,12 +29,22 @@ def weights_hash(model: Any) -> str:
     return digest.hexdigest()
 
 
+def test_kept_bytes_are_a_fifth_of_the_weights_or_the_least(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = tiny_model("llama-tied")
+    assert gradients.kept_bytes(model) == 402_653_184
+    monkeypatch.setattr(gradients, "KEPT_BYTES", 1)
+    # A tied head is the embedding's memory.
+    assert gradients.kept_bytes(model) == model.num_parameters() * 4 // 5
+
+
 @pytest.mark.parametrize(("batch", "kept_bytes"), [(6, 0), (6, 1 << 29), (2, 0), (4, 100_000)])
 @pytest.mark.parametrize("name", TINY)
 def test_gradients_equal_plain_autograd(
     name: str, batch: int, kept_bytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gradients, "KEPT_BYTES", kept_bytes)
+    monkeypatch.setattr(gradients, "kept_bytes", lambda model: kept_bytes)
     monkeypatch.setattr(gradients, "LOGITS_BYTES", 97 * 4 * 7)
     config, model = tiny_config(name), tiny_model(name)
     layers = family_of(config).layers(model)

@@ -31,6 +31,7 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 # Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
 # holds the copies equal.
 KEPT_BYTES = 384 * MIB
+KEPT_WEIGHTS = 5
 HEAD_BYTES = 64 * MIB
 STREAM_BYTES = 32 * MIB
 LOSS_CHUNK = 256
@@ -442,12 +443,13 @@ def _statistics(case: _Case) -> Work:
         # A recomputed layer beside the kept products, and the gradients of its intermediates.
         gradients = item * 4 * (model.hidden + model.inner) + model.score_token_bytes(item, length)
         backward = batch * (model.graph_token_bytes(item, length) + gradients)
+        products = max(KEPT_BYTES, model.parameters * item // KEPT_WEIGHTS)
         device += (
             Term(
                 f"inputs of {model.layers} layers x {tokens:,} tokens x {model.hidden} x {item} B",
                 tokens * (model.layers + 2) * model.hidden * item,
             ),
-            Term("kept products", min(KEPT_BYTES, backward * model.layers)),
+            Term("kept products", min(products, backward * model.layers)),
             Term(f"one layer's graph of {batch:,} tokens", backward),
             Term("one layer's gradients", layer),
             Term("four chunks of logits", 4 * HEAD_BYTES),

@@ -12,7 +12,7 @@ The absolute value comes after the sum over windows, so gradients of a whole lay
 once, but only of one layer: the forward pass keeps each layer's input, the backward pass goes
 through the layers from the last to the first, recomputes a layer, reduces its gradients and frees
 them. The outputs of linear maps, most of a layer's time, are kept as far as they fit into
-``KEPT_BYTES`` and not computed again. The head is applied in chunks of positions.
+``kept_bytes`` and not computed again. The head is applied in chunks of positions.
 
 ``sweep`` is that walk; what is kept of a layer's gradients is the caller's ``Sums``, so that
 second order (``prunelib.statistics.fisher``) shares everything else. On request it goes on to the
@@ -41,9 +41,20 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-# Kept between the forward and the backward pass; more is faster, by a quarter at the most.
+# Kept between the forward and the backward pass; more is faster, by a quarter at the most. A part
+# of the weights is little beside them, and of a large model the least would be too little.
 KEPT_BYTES = 384 * 1024**2
+KEPT_WEIGHTS = 5
 LOGITS_BYTES = 64 * 1024**2
+
+
+def kept_bytes(model: PreTrainedModel) -> int:
+    """Return how many bytes of linear maps' outputs are kept for the backward pass, of all windows.
+
+    The larger one of ``KEPT_BYTES`` and the ``KEPT_WEIGHTS``-th part of the weights' bytes.
+    """
+    weights = sum(parameter.nbytes for parameter in model.parameters())
+    return max(KEPT_BYTES, weights // KEPT_WEIGHTS)
 
 
 def rows_and_columns(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]:
@@ -71,7 +82,7 @@ class Sums:
         self.first: list[torch.Tensor] = []
 
     def add(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Add one batch's gradients, which may be overwritten later."""
+        """Add one batch's gradients: keeps and overwrites the first ones, not those after them."""
         if self.first:
             self.first = [total.float() for total in self.first]
             torch._foreach_add_(self.first, list(gradients))
@@ -101,10 +112,20 @@ class _KnownProduct(torch.autograd.Function):
         states: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
+        memory: torch.Tensor,
     ) -> torch.Tensor:
-        """Return ``known`` [..., rows]; the others as of ``torch.nn.functional.linear``."""
+        """Return ``known`` [..., rows].
+
+        Args:
+            ctx: for backward.
+            known: the output.
+            states: as of ``torch.nn.functional.linear``, like weight and bias.
+            weight: [rows, columns].
+            bias: [rows] or None.
+            memory: [rows, columns], becomes the gradient of ``weight``.
+        """
         ctx.save_for_backward(states, weight)
-        ctx.biased = bias is not None
+        ctx.biased, ctx.memory = bias is not None, memory
         return known.view_as(known)
 
     @staticmethod
@@ -120,8 +141,9 @@ class _KnownProduct(torch.autograd.Function):
         return (
             None,
             upstream[0] @ weight,
-            flat.T @ states.flatten(0, -2),
+            torch.mm(flat.T, states.flatten(0, -2), out=ctx.memory),
             flat.sum(0) if ctx.biased else None,
+            None,
         )
 
 
@@ -197,16 +219,28 @@ class _LayerRecorder:
         for hook in self._hooks:
             hook.remove()
 
-    def run_again(self, layer: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    def run_again(
+        self, layer: nn.Module, memory: dict[str, torch.Tensor]
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """Forget the last layer that is left; return its input, and its graph as an output.
 
         The values of that output are not those of the layer.
+
+        Args:
+            layer: of which this is.
+            memory: takes the gradients of known maps' weights, by their names in the layer; of an
+                earlier layer's it is used again, since fresh pages cost a tenth of the pass.
         """
         leaf, known = self.inputs.pop(), self.known.pop()
         if self._final and _is_plain(final := layer.get_submodule(self._final)):
             known[final] = None
-        for module, value in known.items():
-            module.forward = partial(_known_product, module, value)
+        for name, module in layer.named_modules():
+            if module not in known:
+                continue
+            weight, taken = module.weight, memory.get(name)
+            if taken is None or (taken.shape, taken.device) != (weight.shape, weight.device):
+                taken = memory[name] = torch.empty_like(weight, requires_grad=False)
+            module.forward = partial(_known_product, module, known[module], taken)
         try:
             with torch.enable_grad():
                 output = layer(leaf, **self.arguments.pop())
@@ -222,12 +256,12 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _known_product(
-    module: nn.Module, known: torch.Tensor | None, states: torch.Tensor
+    module: nn.Module, known: torch.Tensor | None, memory: torch.Tensor, states: torch.Tensor
 ) -> torch.Tensor:
     assert isinstance(module, torch.nn.Linear)
     if known is None:
         known = states.new_zeros(()).expand(*states.shape[:-1], module.out_features)
-    product: torch.Tensor = _KnownProduct.apply(known, states, module.weight, module.bias)
+    product: torch.Tensor = _KnownProduct.apply(known, states, module.weight, module.bias, memory)
     return product
 
 
@@ -418,7 +452,7 @@ def sweep(
         layers.requires_grad_(True)
         recorders, gradients, loss = [], [], 0.0
         for part in progress(parts, len(parts), "forward batches", logger):
-            recorder = _LayerRecorder(layers, KEPT_BYTES // len(parts))
+            recorder = _LayerRecorder(layers, kept_bytes(model) // len(parts))
             try:
                 with torch.no_grad():
                     model.base_model(input_ids=part.to(model.device), use_cache=False)
@@ -430,11 +464,13 @@ def sweep(
             recorders.append(recorder)
             gradients.append(gradient)
             loss += share
+        # Of the first batch, whose gradients the sums keep, and of all others.
+        memories: list[dict[str, torch.Tensor]] = [{}, {}]
         for index in progress(range(len(layers))[::-1], len(layers), "layers back", logger):
             names, parameters = zip(*layers[index].named_parameters(), strict=True)
             total = sums()
             for number, recorder in enumerate(recorders):
-                leaf, output = recorder.run_again(layers[index])
+                leaf, output = recorder.run_again(layers[index], memories[min(number, 1)])
                 upstream = gradients[number].to(output.device)
                 found = torch.autograd.grad(output, (leaf, *parameters), upstream)
                 gradients[number] = found[0]
