@@ -6,8 +6,11 @@ all layers together. Gates are held against true gates and against the criterion
 are drawn once per seed; smaller numbers of perturbations are the first of them. Wanda-sp and
 Wanda-sp times noise, which know no gradient, stand beside.
 
-    python benchmarks/gradient_estimates.py --seeds 3 --json estimates.json
-    python benchmarks/gradient_estimates.py --estimators mini_llm_gates --counts 1 8 --seeds 1
+A seed takes hours on a CPU; those of two processes go into one table and plot:
+
+    OMP_NUM_THREADS=1 python benchmarks/gradient_estimates.py --seeds 0 --json estimates0.json &
+    OMP_NUM_THREADS=1 python benchmarks/gradient_estimates.py --seeds 1 --json estimates1.json
+    python benchmarks/gradient_estimates.py --read estimates*.json --plot estimates.png
 """
 
 from __future__ import annotations
@@ -24,11 +27,19 @@ from artefacts import newest_artefact
 from scoring import embedded
 
 if TYPE_CHECKING:
-    from collections.abc import Mapping
+    from collections.abc import Mapping, Sequence
+
+    import pandas as pd
 
 CATALOGUE = Path(__file__).parent.parent / "config" / "methods.yaml"
+REFERENCES = (
+    "mini_llm_backprop",
+    "mini_llm_backprop_gates",
+    "mini_llm_backprop_gates_taylor",
+)
+KINDS = {"mlp_channel": "MLP channels within a layer", "kv_group": "kv groups over all layers"}
 ESTIMATORS = (
-    "mini_llm_99",
+    "mini_llm",
     "mini_llm_rademacher",
     "mini_llm_one_sided",
     "mini_llm_fresh",
@@ -56,17 +67,8 @@ def agreement(scores: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, f
     }
 
 
-def main() -> int:
+def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and print one line per estimator, number of perturbations and reference."""
-    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("--model", type=Path, help="checkpoint directory")
-    parser.add_argument("--text", type=Path, help="directory with articles.jsonl")
-    parser.add_argument("--estimators", nargs="+", default=ESTIMATORS, help="catalogue names")
-    parser.add_argument("--counts", nargs="+", type=int, default=[1, 8, 32, 128])
-    parser.add_argument("--seeds", type=int, default=3)
-    parser.add_argument("--json", type=Path, help="write the figures here")
-    options = parser.parse_args()
-
     from dataclasses import fields, replace
 
     from prunelib.checkpoint import WeightReader
@@ -80,7 +82,7 @@ def main() -> int:
     options.model = options.model or newest_artefact("fetch_model")
     options.text = options.text or newest_artefact("fetch_text")
     catalogue = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
-    model, config, windows = embedded(options.model, options.text)
+    model, config, windows = embedded(options.model, options.text, *options.windows)
     family, batch = family_of(config), len(windows)
     passes = {
         module.__name__.rpartition(".")[2]: module.collect(model, family, config, windows, batch)
@@ -93,14 +95,7 @@ def main() -> int:
         reader = WeightReader(options.model)
         return method.scores(ScoringInputs(family, config, reader, passes | more, seed))
 
-    references = {
-        name: scores(name, 0)
-        for name in (
-            "mini_llm_backprop",
-            "mini_llm_backprop_gates",
-            "mini_llm_backprop_gates_taylor",
-        )
-    }
+    references = {name: scores(name, 0) for name in REFERENCES}
     rows: list[dict[str, Any]] = []
 
     def add(name: str, count: int, cost: float, seed: int, found: Any, reference: str) -> None:
@@ -114,25 +109,37 @@ def main() -> int:
         )
 
     add("wanda_sp", 0, 1, 0, scores("wanda_sp", 0), "mini_llm_backprop")
-    for name in ("mini_llm_backprop_gates", "mini_llm_backprop_gates_taylor"):
+    for name in REFERENCES[1:]:
         add(name, 0, 4, 0, references[name], "mini_llm_backprop")
     add("mini_llm_direct", 0, 2, 0, scores("mini_llm_direct", 0), "mini_llm_backprop")
     for same in ("gates", "gates_taylor"):
         found = scores(f"mini_llm_direct_{same}", 0)
         for reference in ("mini_llm_backprop", f"mini_llm_backprop_{same}"):
             add(f"mini_llm_direct_{same}", 0, 2, 0, found, reference)
-    for seed in range(options.seeds):
+    for seed in options.seeds:
         add("wanda_noise", 0, 1, seed, scores("wanda_noise", seed), "mini_llm_backprop")
+        # Variants that score the same estimate in different ways share it.
+        estimates: dict[Estimator, Any] = {}
         for name in options.estimators:
             method: Any = create("mini_llm", catalogue[name]["parameters"])
             settings = Estimator(
                 **{field.name: getattr(method, field.name) for field in fields(Estimator)}
             )
-            settings = replace(settings, perturbations=max(options.counts))
+            depth = (len(family.layers(model)) + 1) / 2 if settings.scope == "layer" else 1
+            counts = [
+                count
+                for count in sorted(options.counts)
+                if count * settings.sides * depth <= options.most_passes
+            ]
+            settings = replace(settings, perturbations=counts[-1])
             layers = Layers(model, family)
-            estimate = zeroth_order.estimate(layers, config, windows, batch, seed, settings)
+            if settings not in estimates:
+                estimates[settings] = zeroth_order.estimate(
+                    layers, config, windows, batch, seed, settings
+                )
+            estimate = estimates[settings]
             whole = estimate.statistics["forward_passes"].item()
-            for count in options.counts:
+            for count in counts:
                 tensors = estimate.statistics | estimate.reduce(layers, count)
                 found = scores(name, seed, zeroth_order=tensors)
                 cost = 1 + (whole - 1) * count / settings.perturbations
@@ -140,8 +147,113 @@ def main() -> int:
                 if method.gates:
                     same = "gates" if method.activation else "gates_taylor"
                     add(name, count, cost, seed, found, f"mini_llm_backprop_{same}")
+    return rows
+
+
+def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
+    """Return the mean and standard deviation over seeds of every estimator, count and reference."""
+    import pandas as pd
+
+    keys = ["reference", "estimator", "perturbations"]
+    data = pd.DataFrame(rows).drop_duplicates([*keys, "seed"])
+    groups = data.groupby(keys)
+    columns = {"forward_passes": groups.forward_passes.mean(), "seeds": groups.seed.count()}
+    for kind in KINDS:
+        columns |= {f"{kind}_mean": groups[kind].mean(), f"{kind}_std": groups[kind].std()}
+    return pd.DataFrame(columns).reset_index()
+
+
+def markdown(table: pd.DataFrame) -> str:
+    """Return the summary as a table."""
+    lines = [
+        "| against | estimator | perturbations | forward passes | channels | kv groups |",
+        "|---|---|---|---|---|---|",
+    ]
+    for row in table.to_dict("records"):
+        cells = [
+            f"{row[f'{kind}_mean']:.3f}"
+            + (f" ± {row[f'{kind}_std']:.3f}" if row["seeds"] > 1 else "")
+            for kind in KINDS
+        ]
+        names = f"| {row['reference']} | {row['estimator']} | {row['perturbations'] or '-'} "
+        lines.append(f"{names}| {row['forward_passes']:.0f} | {' | '.join(cells)} |")
+    return "\n".join(lines)
+
+
+def plot(table: pd.DataFrame, path: Path) -> None:
+    """Write correlation against forward passes, one panel per reference and kind of unit."""
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(
+        len(REFERENCES), len(KINDS), figsize=(10, 11), sharex=True, layout="constrained"
+    )
+    names = sorted(table.estimator[table.perturbations > 0].unique())
+    styles = dict(zip(names, [(f"C{i}", "osv^D"[i % 5]) for i in range(len(names))], strict=True))
+    for line, reference in zip(axes, REFERENCES, strict=True):
+        part = table[table.reference == reference]
+        for axis, (kind, label) in zip(line, KINDS.items(), strict=True):
+            for name in names:
+                rows = part[(part.estimator == name) & (part.perturbations > 0)]
+                if len(rows):
+                    colour, marker = styles[name]
+                    axis.errorbar(
+                        rows.forward_passes,
+                        rows[f"{kind}_mean"],
+                        rows[f"{kind}_std"],
+                        color=colour,
+                        marker=marker,
+                        capsize=3,
+                        label=name,
+                    )
+            for number, row in enumerate(part[part.perturbations == 0].to_dict("records")):
+                axis.axhline(
+                    row[f"{kind}_mean"], color="0.4", ls=["-", "--", ":", "-."][number % 4]
+                )
+                axis.annotate(
+                    row["estimator"],
+                    (0.01, row[f"{kind}_mean"]),
+                    xycoords=("axes fraction", "data"),
+                    fontsize=6,
+                    va="bottom",
+                )
+            axis.set(xscale="log", title=f"{label}, against {reference}")
+            axis.title.set_fontsize(9)
+            axis.grid(alpha=0.3)
+        line[0].set_ylabel("Spearman's correlation")
+    for axis in axes[-1]:
+        axis.set_xlabel("forward passes")
+    handles, labels = axes[0, 0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    figure.savefig(path, dpi=130)
+
+
+def main() -> int:
+    """Measure, or read what was measured, and write it where asked."""
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--model", type=Path, help="checkpoint directory")
+    parser.add_argument("--text", type=Path, help="directory with articles.jsonl")
+    parser.add_argument("--windows", nargs=2, type=int, default=[10, 128], help="count and tokens")
+    parser.add_argument("--estimators", nargs="+", default=ESTIMATORS, help="catalogue names")
+    parser.add_argument("--counts", nargs="+", type=int, default=[1, 8, 32, 128])
+    parser.add_argument("--most-passes", type=int, default=300, help="larger counts are left out")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--json", type=Path, help="write the figures here")
+    parser.add_argument("--read", nargs="+", type=Path, help="figures that were written before")
+    parser.add_argument("--plot", type=Path, help="write a plot here")
+    options = parser.parse_args()
+    if options.read:
+        rows = [row for path in options.read for row in json.loads(path.read_text("utf-8"))]
+    else:
+        rows = figures(options)
     if options.json:
         options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    table = summary(rows)
+    print(markdown(table))
+    if options.plot:
+        plot(table, options.plot)
     return 0
 
 

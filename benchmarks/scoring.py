@@ -61,8 +61,10 @@ def status_bytes(field: str) -> int:
     raise RuntimeError(f"/proc/self/status has no {field}")
 
 
-def embedded(model: Path, text: Path) -> tuple[Any, Config, torch.Tensor]:
-    """Return the fetched model, its config and 10 windows of 128 tokens."""
+def embedded(
+    model: Path, text: Path, count: int = 10, length: int = 128
+) -> tuple[Any, Config, torch.Tensor]:
+    """Return the fetched model, its config and windows [count, length] of the text."""
     import torch
 
     from prunelib.checkpoint import load_model, read_config
@@ -71,7 +73,7 @@ def embedded(model: Path, text: Path) -> tuple[Any, Config, torch.Tensor]:
     from prunelib.data.tokenizer import load_tokenizer
 
     tokens = tokenise(read_articles(text, "calibration"), load_tokenizer(model))
-    windows = torch.from_numpy(sample_windows(tokens, 10, 128, 0)[0])
+    windows = torch.from_numpy(sample_windows(tokens, count, length, 0)[0])
     return load_model(model), read_config(model), windows
 
 
@@ -108,20 +110,21 @@ def passes(model: Any, config: Config) -> dict[str, Callable[[torch.Tensor], Any
         class One(fisher.SquaredSums):
             """Reduces one criterion; second order by itself needs no sum of gradients."""
 
-            def add(self, found: Any) -> None:
+            def add(self, gradient: torch.Tensor) -> None:
                 if criterion == "mixed":
-                    super().add(found)
+                    super().add(gradient)
                     return
-                if self.squares:
-                    torch._foreach_addcmul_(self.squares, list(found), list(found))
+                if self.batches:
+                    self.squares.addcmul_(gradient, gradient)
                 else:
-                    self.squares = [gradient.square() for gradient in found]
+                    self.squares = gradient.square()
+                self.batches += 1
 
-            def reduce(self, number: int, name: str, weight: Any) -> dict[str, torch.Tensor]:
+            def reduce(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
                 weight = weight.detach()
-                values = self.squares[number].mul_(weight).mul_(weight)
+                values = self.squares.mul_(weight).mul_(weight)
                 if criterion == "mixed":
-                    values.mul_(-0.5).add_(self.first[number] * weight).abs_()
+                    values.mul_(-0.5).add_(self.first * weight).abs_()
                 return gradients.rows_and_columns(f"{name}.{criterion}", values)
 
         return lambda windows: gradients.sweep(

@@ -71,11 +71,13 @@ class TwoLayers:
 
 
 def two_layer_statistics() -> dict[str, torch.Tensor]:
-    sums = fisher.SquaredSums()
-    for sample in range(2):
-        sums.add([G1[sample].clone(), G2[sample].clone()])
-    found = sums.reduce(0, "0.mlp.first.weight", W1)
-    return found | sums.reduce(1, "0.mlp.second.weight", W2)
+    found: dict[str, torch.Tensor] = {}
+    for name, samples, weight in (("first", G1, W1), ("second", G2, W2)):
+        sums = fisher.SquaredSums()
+        for sample in range(2):
+            sums.add(samples[sample].clone())
+        found |= sums.reduce(f"0.mlp.{name}.weight", weight)
+    return found
 
 
 @pytest.mark.parametrize("criterion", CRITERIA)
@@ -320,13 +322,13 @@ def test_the_sum_over_batches_is_in_fp32() -> None:
     # 256 + 1 is 256 in bf16.
     sums = gradients.Sums()
     for value in (256.0, 1.0, 1.0):
-        sums.add([torch.full((1, 1), value, dtype=torch.bfloat16)])
+        sums.add(torch.full((1, 1), value, dtype=torch.bfloat16))
     weight = torch.ones(1, 1, dtype=torch.bfloat16)
-    assert sums.reduce(0, "w", weight)["w.sum.rows"].tolist() == [258]
+    assert sums.reduce("w", weight)["w.sum.rows"].tolist() == [258]
     squared = fisher.SquaredSums()
     for value in (16.0, 1.0, 1.0, 0.0):
-        squared.add([torch.full((1, 1), value, dtype=torch.bfloat16)])
-    found = squared.reduce(0, "w", weight)
+        squared.add(torch.full((1, 1), value, dtype=torch.bfloat16))
+    found = squared.reduce("w", weight)
     # g = 18 / 4, F = (256 + 1 + 1) / 4.
     assert found["w.fisher.rows"].tolist() == [64.5]
     assert found["w.mixed.rows"].tolist() == [32.25 - 4.5]

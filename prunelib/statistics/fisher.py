@@ -18,7 +18,6 @@ gradients, all fp32.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -33,36 +32,31 @@ if TYPE_CHECKING:
 
 
 class SquaredSums(Sums):
-    """Sums over windows of one layer's gradients and of their squares, in fp32.
+    """Sums over windows of one parameter's gradient and of its square, in fp32.
 
     Attributes:
-        squares: per parameter of the layer the summed squared gradient, shaped as the parameter.
-        windows: number of windows summed.
+        squares: the summed squared gradient, shaped as the parameter.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.squares: list[torch.Tensor] = []
-        self.windows = 0
+    squares: torch.Tensor
 
-    def add(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Add one window's gradients."""
-        gradients = [gradient.float() for gradient in gradients]
-        if self.squares:
-            torch._foreach_addcmul_(self.squares, gradients, gradients)
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add one window's gradient."""
+        gradient = gradient.float()
+        if self.batches:
+            self.squares.addcmul_(gradient, gradient)
         else:
-            self.squares = [gradient.square() for gradient in gradients]
-        self.windows += 1
-        super().add(gradients)
+            self.squares = gradient.square()
+        super().add(gradient)
 
-    def reduce(self, number: int, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the first-order, second-order and mixed statistics of parameter ``number``."""
+    def reduce(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the first-order, second-order and mixed statistics of the parameter."""
         weight = weight.detach()
-        square = self.squares[number].mul_(weight).mul_(weight).div_(self.windows)
+        square = self.squares.mul_(weight).mul_(weight).div_(self.batches)
         reduced = rows_and_columns(f"{name}.fisher", square)
-        mixed = square.mul_(-0.5).add_(self.first[number].div_(self.windows) * weight).abs_()
+        mixed = square.mul_(-0.5).add_(self.first.div_(self.batches) * weight).abs_()
         reduced |= rows_and_columns(f"{name}.mixed", mixed)
-        return reduced | super().reduce(number, name, weight)
+        return reduced | super().reduce(name, weight)
 
 
 def collect(

@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class FmsSums(Sums):
-    """The summed gradients of one layer's parameters, reduced with the norms of their inputs.
+    """The summed gradient of one parameter, reduced with the norms of its inputs.
 
     Args:
         norms: by ``<layer>.<parameter>``; parameters that are not among them are left out.
@@ -36,11 +36,11 @@ class FmsSums(Sums):
         super().__init__()
         self._norms = norms
 
-    def reduce(self, number: int, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the signed sums and the sensitivity of parameter ``number``."""
+    def reduce(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the signed sums and the sensitivity of the parameter."""
         if name not in self._norms:
             return {}
-        product = self.first[number].float().mul_(weight.detach())
+        product = self.first.float().mul_(weight.detach())
         reduced = rows_and_columns(f"{name}.sum", product)
         return reduced | fms_sums(name, product, self._norms[name])
 

@@ -11,7 +11,8 @@ over all calibration windows (LLM-Pruner, arXiv 2305.11627, section 3.2):
 The absolute value comes after the sum over windows, so gradients of a whole layer must exist at
 once, but only of one layer: the forward pass keeps each layer's input, the backward pass goes
 through the layers from the last to the first, recomputes a layer, reduces its gradients and frees
-them. The outputs of linear maps, most of a layer's time, are kept as far as they fit into
+them; a linear map's, from known outputs, one at a time if all windows are in one batch. The outputs
+of linear maps, most of a layer's time, are kept as far as they fit into
 ``kept_bytes`` and not computed again. The head is applied in chunks of positions.
 
 ``sweep`` is that walk; what is kept of a layer's gradients is the caller's ``Sums``, so that
@@ -70,36 +71,54 @@ def rows_and_columns(name: str, values: torch.Tensor) -> dict[str, torch.Tensor]
 
 
 class Sums:
-    """The sum over batches of the gradients of one layer's parameters, and what is kept of it.
+    """The sum over batches of the gradient of one parameter, and what is kept of it.
 
     Over several batches it is in fp32, whatever the type of the weights.
 
     Attributes:
-        first: per parameter of the layer the summed gradient, shaped as the parameter.
+        first: the summed gradient, shaped as the parameter.
+        batches: how many have been added.
     """
 
+    first: torch.Tensor
+
     def __init__(self) -> None:
-        self.first: list[torch.Tensor] = []
+        self.batches = 0
 
-    def add(self, gradients: Sequence[torch.Tensor]) -> None:
-        """Add one batch's gradients: keeps and overwrites the first ones, not those after them."""
-        if self.first:
-            self.first = [total.float() for total in self.first]
-            torch._foreach_add_(self.first, list(gradients))
-        else:
-            self.first = list(gradients)
+    def add(self, gradient: torch.Tensor) -> None:
+        """Add one batch's gradient: keeps and overwrites the first one, not those after it."""
+        self.first = self.first.float().add_(gradient) if self.batches else gradient
+        self.batches += 1
 
-    def reduce(self, number: int, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
-        """Return the statistics of parameter ``number``; overwrites its sums.
+    def reduce(self, name: str, weight: torch.Tensor) -> dict[str, torch.Tensor]:
+        """Return the parameter's statistics; overwrites the sums.
 
         Args:
-            number: index into the sums.
             name: ``<layer>.<parameter>``.
             weight: the parameter.
         """
-        product = self.first[number].float().mul_(weight.detach())
+        product = self.first.float().mul_(weight.detach())
         reduced = rows_and_columns(f"{name}.sum", product)
         return reduced | rows_and_columns(f"{name}.abs", product.abs_())
+
+
+class _Memory:
+    """Tensors that gradients are written into again and again: fresh pages cost time."""
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[Any, ...], torch.Tensor] = {}
+
+    def like(self, weight: torch.Tensor, name: str | None) -> torch.Tensor:
+        """Return a tensor shaped as ``weight`` with any values.
+
+        Args:
+            weight: also gives type and device.
+            name: whose it is alone; with None it is whoever's asks next for that shape.
+        """
+        key = (name, weight.shape, weight.dtype, weight.device)
+        if key not in self._taken:
+            self._taken[key] = torch.empty_like(weight, requires_grad=False)
+        return self._taken[key]
 
 
 class _KnownProduct(torch.autograd.Function):
@@ -112,7 +131,7 @@ class _KnownProduct(torch.autograd.Function):
         states: torch.Tensor,
         weight: torch.Tensor,
         bias: torch.Tensor | None,
-        memory: torch.Tensor,
+        take: Callable[[torch.Tensor, torch.Tensor], None],
     ) -> torch.Tensor:
         """Return ``known`` [..., rows].
 
@@ -122,15 +141,16 @@ class _KnownProduct(torch.autograd.Function):
             states: as of ``torch.nn.functional.linear``, like weight and bias.
             weight: [rows, columns].
             bias: [rows] or None.
-            memory: [rows, columns], becomes the gradient of ``weight``.
+            take: is given the upstream gradient [n, rows] and the states [n, columns], whose
+                product is the weight's gradient.
         """
         ctx.save_for_backward(states, weight)
-        ctx.biased, ctx.memory = bias is not None, memory
+        ctx.biased, ctx.take = bias is not None, take
         return known.view_as(known)
 
     @staticmethod
     def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        """Return those of states [..., columns], weight [rows, columns] and bias [rows].
+        """Return those of states [..., columns] and bias [rows]; the weight's has been taken.
 
         Args:
             ctx: holds states and weight.
@@ -138,13 +158,8 @@ class _KnownProduct(torch.autograd.Function):
         """
         states, weight = ctx.saved_tensors
         flat = upstream[0].flatten(0, -2)
-        return (
-            None,
-            upstream[0] @ weight,
-            torch.mm(flat.T, states.flatten(0, -2), out=ctx.memory),
-            flat.sum(0) if ctx.biased else None,
-            None,
-        )
+        ctx.take(flat, states.flatten(0, -2))
+        return None, upstream[0] @ weight, None, flat.sum(0) if ctx.biased else None, None
 
 
 class _LayerRecorder:
@@ -163,7 +178,7 @@ class _LayerRecorder:
         self.known: list[dict[nn.Module, torch.Tensor | None]] = [{} for _ in layers]
         self.last: torch.Tensor | None = None
         self._kept_bytes = kept_bytes
-        self._first_kept = self._count = len(layers)
+        self._first_kept, self._count = 0, len(layers)
         # Of the first layer, which tells how much one layer keeps.
         self._called: list[tuple[nn.Module, int]] = []
         self._final: str | None = None
@@ -176,7 +191,7 @@ class _LayerRecorder:
             for module in layer.modules():
                 if not index and not list(module.children()):
                     self._hooks.append(module.register_forward_hook(self._note))
-                if index and _is_plain(module):
+                if _is_plain(module):
                     self._hooks.append(module.register_forward_hook(self._keep(index)))
 
     def _before(self, index: int) -> Any:
@@ -207,8 +222,10 @@ class _LayerRecorder:
                     # Nothing but the residual sum comes after it.
                     self._final = next(n for n, m in module.named_modules() if m is last)
                     size -= nbytes
-                self._first_kept = max(self._count - self._kept_bytes // max(size, 1), 1)
-            elif self._final:
+                self._first_kept = max(self._count - self._kept_bytes // max(size, 1), 0)
+                if self._first_kept:
+                    self.known[0].clear()
+            if self._final:
                 self.known[index].pop(module.get_submodule(self._final), None)
             if index == self._count - 1:
                 self.last = output[0] if isinstance(output, tuple) else output
@@ -220,34 +237,33 @@ class _LayerRecorder:
             hook.remove()
 
     def run_again(
-        self, layer: nn.Module, memory: dict[str, torch.Tensor]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self, layer: nn.Module, take: Callable[[str, torch.Tensor, torch.Tensor], None]
+    ) -> tuple[torch.Tensor, torch.Tensor, set[str]]:
         """Forget the last layer that is left; return its input, and its graph as an output.
 
         The values of that output are not those of the layer.
 
         Args:
             layer: of which this is.
-            memory: takes the gradients of known maps' weights, by their names in the layer; of an
-                earlier layer's it is used again, since fresh pages cost a tenth of the pass.
+            take: is given, when the graph is gone through, the name of a weight in the layer and
+                the two factors of its gradient (see ``_KnownProduct``).
+
+        Returns:
+            The input, the output, and the names of all weights that ``take`` is given.
         """
         leaf, known = self.inputs.pop(), self.known.pop()
         if self._final and _is_plain(final := layer.get_submodule(self._final)):
             known[final] = None
-        for name, module in layer.named_modules():
-            if module not in known:
-                continue
-            weight, taken = module.weight, memory.get(name)
-            if taken is None or (taken.shape, taken.device) != (weight.shape, weight.device):
-                taken = memory[name] = torch.empty_like(weight, requires_grad=False)
-            module.forward = partial(_known_product, module, known[module], taken)
+        taken = {f"{name}.weight": m for name, m in layer.named_modules() if m in known}
+        for name, module in taken.items():
+            module.forward = partial(_known_product, module, known[module], partial(take, name))
         try:
             with torch.enable_grad():
                 output = layer(leaf, **self.arguments.pop())
         finally:
             for module in known:
                 del module.forward
-        return leaf, output[0] if isinstance(output, tuple) else output
+        return leaf, output[0] if isinstance(output, tuple) else output, set(taken)
 
 
 def _is_plain(module: nn.Module) -> bool:
@@ -256,12 +272,15 @@ def _is_plain(module: nn.Module) -> bool:
 
 
 def _known_product(
-    module: nn.Module, known: torch.Tensor | None, memory: torch.Tensor, states: torch.Tensor
+    module: nn.Module,
+    known: torch.Tensor | None,
+    take: Callable[[torch.Tensor, torch.Tensor], None],
+    states: torch.Tensor,
 ) -> torch.Tensor:
     assert isinstance(module, torch.nn.Linear)
     if known is None:
         known = states.new_zeros(()).expand(*states.shape[:-1], module.out_features)
-    product: torch.Tensor = _KnownProduct.apply(known, states, module.weight, module.bias, memory)
+    product: torch.Tensor = _KnownProduct.apply(known, states, module.weight, module.bias, take)
     return product
 
 
@@ -333,7 +352,7 @@ def _outer(
     targets: int,
     last: Sequence[torch.Tensor],
     first: Sequence[torch.Tensor],
-    total: Sums,
+    sums: Callable[[], Sums],
     what: str,
 ) -> dict[str, torch.Tensor]:
     """Reduce the gradients of the parameters outside the layers, by full name.
@@ -348,7 +367,7 @@ def _outer(
         targets: as in ``sweep``.
         last: per batch, the last layer's output.
         first: per batch, the gradient of the first layer's input.
-        total: takes in the gradients.
+        sums: makes what takes in one parameter's gradients.
         what: the pass, for messages.
 
     Raises:
@@ -362,6 +381,7 @@ def _outer(
         ),
         strict=True,
     )
+    total = [sums() for _ in parameters]
     for parameter in parameters:
         parameter.requires_grad_(True)
     for ids, output, upstream in zip(parts, last, first, strict=True):
@@ -376,10 +396,11 @@ def _outer(
             add(torch.autograd.grad(share, parameters, allow_unused=True), gradients)
         reached = _first_input(model, family.layers(model), ids)
         add(torch.autograd.grad(reached, parameters, upstream, allow_unused=True), gradients)
-        total.add(gradients)
+        for taken, gradient in zip(total, gradients, strict=True):
+            taken.add(gradient)
     statistics: dict[str, torch.Tensor] = {}
-    for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-        reduced = total.reduce(number, name, parameter)
+    for name, parameter, taken in zip(names, parameters, total, strict=True):
+        reduced = taken.reduce(name, parameter)
         if not all(value.isfinite().all() for value in reduced.values()):
             raise NonFiniteError(f"{what}: {name} is not finite")
         statistics |= reduced
@@ -418,6 +439,59 @@ def _require_finite(loss: float, recorder: _LayerRecorder, what: str) -> None:
     raise NonFiniteError(f"{what}: the calibration loss is {loss}; {where}")
 
 
+class _LayerBack:
+    """One layer's way back: every batch's gradients go into sums, reduced with the last batch.
+
+    A weight's gradient is reduced as soon as it is there, so that of known products one at a time
+    is held.
+
+    Attributes:
+        statistics: the reductions, by ``<layer>.<parameter>``.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        index: int,
+        batches: int,
+        sums: Callable[[], Sums],
+        memory: _Memory,
+    ) -> None:
+        self.statistics: dict[str, torch.Tensor] = {}
+        self._layer, self._index, self._left, self._memory = layer, index, batches, memory
+        self._parameters = dict(layer.named_parameters())
+        self._total = {name: sums() for name in self._parameters}
+        self._kept = batches > 1
+
+    def go(self, recorder: _LayerRecorder, upstream: torch.Tensor) -> torch.Tensor:
+        """Take in one batch; return the gradient of its input [batch, length, hidden].
+
+        Args:
+            recorder: of the batch; forgets this layer.
+            upstream: the gradient of the layer's output.
+        """
+        self._left -= 1
+        leaf, output, taken = recorder.run_again(self._layer, self._take)
+        rest = {name: p for name, p in self._parameters.items() if name not in taken}
+        found = torch.autograd.grad(output, (leaf, *rest.values()), upstream.to(output.device))
+        for name, gradient in zip(rest, found[1:], strict=True):
+            self._add(name, gradient)
+        # Of several batches, the first one's gradients are the sums.
+        self._kept = False
+        assert self._left or not self._total
+        return found[0]
+
+    def _take(self, name: str, upstream: torch.Tensor, states: torch.Tensor) -> None:
+        memory = self._memory.like(self._parameters[name], name if self._kept else None)
+        self._add(name, torch.mm(upstream.T, states, out=memory))
+
+    def _add(self, name: str, gradient: torch.Tensor) -> None:
+        self._total[name].add(gradient)
+        if not self._left:
+            total = self._total.pop(name)
+            self.statistics |= total.reduce(f"{self._index}.{name}", self._parameters[name])
+
+
 def sweep(
     model: PreTrainedModel,
     family: Family,
@@ -435,7 +509,7 @@ def sweep(
         family: the model's family.
         parts: batches of token ids, int64 [windows, length] each.
         targets: a batch's loss is the sum over its predicted tokens divided by this.
-        sums: makes what takes in one layer's gradients of every batch and reduces them.
+        sums: makes what takes in one parameter's gradients of every batch and reduces them.
         what: the pass, for messages.
         outer: whether parameters outside the layers are reduced, too; all at once.
 
@@ -464,27 +538,20 @@ def sweep(
             recorders.append(recorder)
             gradients.append(gradient)
             loss += share
-        # Of the first batch, whose gradients the sums keep, and of all others.
-        memories: list[dict[str, torch.Tensor]] = [{}, {}]
+        memory = _Memory()
         for index in progress(range(len(layers))[::-1], len(layers), "layers back", logger):
-            names, parameters = zip(*layers[index].named_parameters(), strict=True)
-            total = sums()
+            back = _LayerBack(layers[index], index, len(parts), sums, memory)
             for number, recorder in enumerate(recorders):
-                leaf, output = recorder.run_again(layers[index], memories[min(number, 1)])
-                upstream = gradients[number].to(output.device)
-                found = torch.autograd.grad(output, (leaf, *parameters), upstream)
-                gradients[number] = found[0]
-                total.add(found[1:])
-                del found, output
-            for number, (name, parameter) in enumerate(zip(names, parameters, strict=True)):
-                reduced = total.reduce(number, f"{index}.{name}", parameter)
-                if not all(value.isfinite().all() for value in reduced.values()):
-                    raise NonFiniteError(f"{what}: layer {index}, {name} is not finite")
-                statistics |= reduced
+                gradients[number] = back.go(recorder, gradients[number])
+            for name, value in back.statistics.items():
+                if not value.isfinite().all():
+                    where = name.removeprefix(f"{index}.").rsplit(".", 2)[0]
+                    raise NonFiniteError(f"{what}: layer {index}, {where} is not finite")
+            statistics |= back.statistics
         if outer:
             layers.requires_grad_(False)
             last = [recorder.last for recorder in recorders if recorder.last is not None]
-            statistics |= _outer(model, family, parts, targets, last, gradients, sums(), what)
+            statistics |= _outer(model, family, parts, targets, last, gradients, sums, what)
     return statistics, loss
 
 

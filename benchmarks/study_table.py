@@ -1,0 +1,70 @@
+"""Print a study's table from its ``benchmark.csv``: mean, standard deviation and single seeds.
+
+One row per target, recovery and method, the best of each method first; perplexity, its ratio to
+that of the unpruned model and, where the study has tasks, their mean accuracy, over the seeds.
+Cells without a seed count once.
+
+    python benchmarks/study_table.py docs/studies/llm_pruner.csv
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+import pandas as pd
+
+GROUP = ["target", "recovery", "method"]
+# What is not pruned, and so has no place in the table.
+CONTROLS = ["dense", "prune_zero"]
+
+
+def markdown(studies: list[Path]) -> str:
+    """Return the table of these files' cells, each counted once, as markdown.
+
+    Raises:
+        ValueError: a file has no complete unpruned cell, or they disagree about it.
+    """
+    data = pd.concat([pd.read_csv(path) for path in studies]).drop_duplicates("cell")
+    dense = data[(data.control == "dense") & (data.recovery == "none")].perplexity.unique()
+    if len(dense) != 1:
+        raise ValueError(f"perplexities of the unpruned model: {list(dense)}")
+    tasks = [name for name in map(str, data.columns) if name.endswith("_acc")]
+    heads = ["target", "recovery", "method", "removed", "perplexity", "ratio to unpruned"]
+    heads += ["single seeds", *(["accuracy"] if tasks else [])]
+    lines = [f"Unpruned: {dense[0]:.2f}.", "", _line(heads), "|---" * len(heads) + "|"]
+    cells = data[~data.control.isin(CONTROLS) & (data.status == "complete")]
+    means = cells.groupby(GROUP).perplexity.mean().sort_values().index
+    for target, recovery, method in sorted(means, key=lambda names: names[:2]):
+        rows = cells[(cells[GROUP] == [target, recovery, method]).all(axis=1)].sort_values("seed")
+        ratio = rows.perplexity / dense[0]
+        row = [target, recovery, method, f"{rows.realised_ratio.mean():.2%}"]
+        row += [
+            f"{rows.perplexity.mean():.1f}",
+            _spread(ratio),
+            ", ".join(map("{:.2f}".format, ratio)),
+        ]
+        lines.append(_line(row + ([_spread(rows[tasks].mean(axis=1))] if tasks else [])))
+    return "\n".join(lines)
+
+
+def _line(cells: list[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _spread(values: pd.Series) -> str:
+    deviation = f" ± {values.std():.2f}" if len(values) > 1 else ""
+    return f"{values.mean():.2f}{deviation}"
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawTextHelpFormatter
+    )
+    parser.add_argument("studies", nargs="+", type=Path, help="benchmark.csv files of one model")
+    print(markdown(parser.parse_args().studies))
+
+
+if __name__ == "__main__":
+    main()
