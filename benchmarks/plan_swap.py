@@ -3,7 +3,8 @@
 For every layer and kind of unit of which the plans keep different ones, in turn, the first plan
 takes the second one's units there, and the second the first one's. Perplexity is that of the
 unpruned model with the removed units set to zero, which is the pruned model's. A factor of 2 in the
-first plan's column says that its perplexity doubles with the other's units in that place.
+first plan's column says that its perplexity doubles with the other's units in that place. At the
+end, all places of a kind at once, and those of ``--layers``.
 
     python benchmarks/plan_swap.py results/prune/.../<key> results/prune/.../<key> --windows 8
 """
@@ -19,7 +20,7 @@ from typing import TYPE_CHECKING
 from artefacts import newest_artefact
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Container, Iterator, Sequence
 
     import torch
 
@@ -44,24 +45,30 @@ class Masked:
         self.windows: torch.Tensor = cut_windows(ids, 128, windows)
         self._dense = {k: v.clone() for k, v in self.model.state_dict().items()}
 
-    def take(self, plan: Plan | None, layer: int | None = None) -> None:
+    def take(self, plan: Plan | None, layers: Container[int] | None = None) -> None:
         """Let the model be that of a plan, or the unpruned one.
 
         Args:
             plan: None for the unpruned model.
-            layer: the only one in which the plan differs from the last one; None if others do.
+            layers: those in which the plan may differ from the last one; None for anywhere.
         """
-        from prunelib.surgery import layer_of, zero_tensors
+        from prunelib.surgery import zero_tensors
 
         state = self.model.state_dict()
         tensors = [
             (name, value)
             for name, value in self._dense.items()
-            if layer is None or (layer_of(name, self.family.layer_prefix) or (None,))[0] == layer
+            if layers is None or self._layer(name) in layers
         ]
         zeroed = tensors if plan is None else zero_tensors(tensors, self.family, self.config, plan)
         for name, value in zeroed:
             state[name].copy_(value)
+
+    def _layer(self, name: str) -> int | None:
+        from prunelib.surgery import layer_of
+
+        place = layer_of(name, self.family.layer_prefix)
+        return None if place is None else place[0]
 
     def perplexity(self) -> float:
         """Return the perplexity of what was taken last."""
@@ -70,16 +77,26 @@ class Masked:
         return perplexity(self.model, self.windows).perplexity
 
 
-def swapped(plan: Plan, giver: Plan) -> Iterator[tuple[int, str, Plan]]:
-    """Yield (layer, kind, the plan with the giver's units there) for all places that differ."""
-    for index, (own, other) in enumerate(zip(plan.kept, giver.kept, strict=True)):
-        if own is None or other is None:
-            continue
-        for kind in own:
-            if own[kind] != other[kind]:
-                kept = list(plan.kept)
-                kept[index] = {**own, kind: other[kind]}
-                yield index, kind, replace(plan, kept=tuple(kept))
+def places(first: Plan, second: Plan, layers: Sequence[int]) -> Iterator[tuple[str, str, set[int]]]:
+    """Yield (label, kind, layers) of what is swapped: each layer that differs, then many."""
+    pairs = list(enumerate(zip(first.kept, second.kept, strict=True)))
+    for kind in first.units:
+        differ = [i for i, (one, two) in pairs if one and two and one.get(kind) != two.get(kind)]
+        for index in differ:
+            yield str(index), kind, {index}
+        if layers and differ:
+            yield " ".join(map(str, layers)), kind, set(layers)
+        if differ:
+            yield "all", kind, set(differ)
+
+
+def swapped(plan: Plan, giver: Plan, kind: str, layers: Container[int]) -> Plan:
+    """Return the plan with the giver's units of one kind in these layers."""
+    kept = tuple(
+        {**own, kind: other[kind]} if own and other and kind in own and index in layers else own
+        for index, (own, other) in enumerate(zip(plan.kept, giver.kept, strict=True))
+    )
+    return replace(plan, kept=kept)
 
 
 def main() -> None:
@@ -92,6 +109,7 @@ def main() -> None:
     parser.add_argument("--model", type=Path, help="the unpruned model")
     parser.add_argument("--text", type=Path, help="the evaluation text")
     parser.add_argument("--windows", type=int, default=8, help="windows of 128 tokens")
+    parser.add_argument("--layers", nargs="+", type=int, default=[], help="swapped together, too")
     parser.add_argument("--most", type=int, default=8, help="places that are printed")
     options = parser.parse_args()
 
@@ -104,21 +122,21 @@ def main() -> None:
         options.windows,
     )
     dense = masked.perplexity()
-    found: list[dict[tuple[int, str], float]] = []
-    for plan, giver in ((first, second), (second, first)):
+    rows = [(place, [0.0, 0.0]) for place in places(first, second, options.layers)]
+    for number, (plan, giver) in enumerate(((first, second), (second, first))):
         masked.take(plan)
         own = masked.perplexity()
         print(f"ratio to the unpruned model's {dense:.2f}: {own / dense:.2f}")
-        found.append({})
-        for index, kind, mixed in swapped(plan, giver):
-            masked.take(mixed, index)
-            found[-1][index, kind] = masked.perplexity() / own
-            masked.take(plan, index)
-    rows = [(mine, found[1][place], *place) for place, mine in found[0].items()]
+        for (_, kind, layers), factors in rows:
+            masked.take(swapped(plan, giver, kind, layers), layers)
+            factors[number] = masked.perplexity() / own
+            masked.take(plan, layers)
     print("\n| layer | kind | first with second's units | second with first's |\n|---|---|---|---|")
-    rows.sort(key=lambda row: -max(abs(math.log(row[0])), abs(math.log(row[1]))))
-    for mine, theirs, index, kind in rows[: options.most]:
-        print(f"| {index} | {kind} | {mine:.3f} | {theirs:.3f} |")
+    single = [row for row in rows if len(row[0][2]) == 1]
+    single.sort(key=lambda row: -max(abs(math.log(factor)) for factor in row[1]))
+    shown = single[: options.most] + [row for row in rows if len(row[0][2]) > 1]
+    for (label, kind, _), (mine, theirs) in shown:
+        print(f"| {label} | {kind} | {mine:.3f} | {theirs:.3f} |")
 
 
 if __name__ == "__main__":

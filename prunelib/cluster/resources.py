@@ -30,9 +30,9 @@ ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 
 # Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
 # holds the copies equal.
-KEPT_BYTES = 384 * MIB
+KEPT_BYTES = 640 * MIB
 KEPT_WEIGHTS = 5
-HEAD_BYTES = 64 * MIB
+HEAD_BYTES = 32 * MIB
 STREAM_BYTES = 32 * MIB
 LOSS_CHUNK = 256
 EVALUATION_TOKENS = {"cpu": 1024, "cuda": 16384}

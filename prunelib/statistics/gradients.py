@@ -44,9 +44,9 @@ logger = logging.getLogger(__name__)
 
 # Kept between the forward and the backward pass; more is faster, by a quarter at the most. A part
 # of the weights is little beside them, and of a large model the least would be too little.
-KEPT_BYTES = 384 * 1024**2
+KEPT_BYTES = 640 * 1024**2
 KEPT_WEIGHTS = 5
-LOGITS_BYTES = 64 * 1024**2
+LOGITS_BYTES = 32 * 1024**2
 
 
 def kept_bytes(model: PreTrainedModel) -> int:
