@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import yaml
 
 from prunelib.errors import InputError, IntegrityError
 from prunelib.reporting.artefacts import Cell, Report, Target, load_report
@@ -661,6 +662,13 @@ def llama(bench: Bench, ratio: float, *, window: int = 128, model: str = "llama-
             "llmprunerelement1",
             "llmprunerelement1local",
         ),
+        (
+            "plain",
+            {"method": "llm_pruner", "parameters": {"criterion": "vector"}},
+            "llmprunervector",
+            "llmpruner",
+        ),
+        ("random", {"method": "random"}, "random", "randomchannel"),
     ],
 )
 def test_names_of_variants_in_papers(
@@ -669,6 +677,28 @@ def test_names_of_variants_in_papers(
     names = published_names(name, method)
     assert expected in names
     assert excluded not in names
+
+
+def test_every_variant_has_the_published_rows_of_its_own_kind() -> None:
+    catalogue = yaml.safe_load((PUBLISHED.parent / "methods.yaml").read_text())
+    filed = {"".join(filter(str.isalnum, row.method)) for row in load_published(PUBLISHED)}
+    found = {
+        name: published_names(name, method) & filed
+        for name, method in catalogue.items()
+        if method["method"] in ("random", "magnitude", "llm_pruner")
+    }
+    assert {name: names for name, names in found.items() if names} == {
+        "random": {"random"},
+        "magnitude_l2": {"magnitudel2"},
+        "llm_pruner_vector": {"llmprunervector"},
+        "llm_pruner_element1": {"llmprunerelement1"},
+        "llm_pruner_element2": {"llmprunerelement2"},
+        "llm_pruner_channel_element1": {"llmprunerchannel"},
+        "llm_pruner_element1_global": {"llmprunerelement1global"},
+        "llm_pruner_element1_product": {"llmprunerelement1product"},
+        "llm_pruner_element1_max": {"llmprunerelement1max"},
+        "llm_pruner_element1_last": {"llmprunerelement1last"},
+    }
 
 
 @pytest.mark.parametrize(

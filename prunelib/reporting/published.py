@@ -138,20 +138,30 @@ def _plain(text: object) -> str:
     return "".join(char for char in str(text).casefold() if char.isalnum())
 
 
+# What tells the rows of one method in a paper apart, in the order of their names; what they omit.
+_NAMING = ("strategy", "criterion", "aggregation", "heads", "attribution", "ranking")
+_USUAL = {"block", "sum", "kv_group", "owner", "local"}
+
+
 def published_names(name: str, method: Mapping[str, Any]) -> set[str]:
     """Names under which papers' rows of a method variant may be filed.
 
-    The variant's own name, the registered method, and the registered method with its criterion
-    (``llm_pruner`` with ``element1``), ranking unless local, and norm (``magnitude`` with 2).
+    The variant's own name, and the registered method with its norm (``magnitude`` with 2) and what
+    else tells it from others (``llm_pruner`` with ``element1``, ``global``). The registered method
+    alone is the name of a variant of which nothing is to be told.
     """
     registered = str(method.get("method") or name)
     parameters = method.get("parameters") or {}
-    parts = [registered]
-    if "order" in parameters:
-        parts.append(f"l{parameters['order']}")
-    parts += [str(parameters[key]) for key in ("criterion", "ranking") if key in parameters]
-    full = "_".join(part for part in parts if part != "local")
-    return {_plain(text) for text in (name, registered, full)}
+    parts = [f"l{parameters['order']}"] if "order" in parameters else []
+    parts += [str(parameters[key]) for key in _NAMING if key in parameters]
+    if parameters.get("iterative_steps", 1) != 1:
+        parts.append(f"{parameters['iterative_steps']}_steps")
+    parts = [part for part in parts if part not in _USUAL]
+    names = [name, "_".join([registered, *parts])]
+    if parts == ["channel", "element1"]:
+        # LLM-Pruner's tables name no criterion for channels; its commands run first order.
+        names.append(f"{registered}_channel")
+    return {_plain(text) for text in names}
 
 
 def _model_names(name: str, model: Mapping[str, Any]) -> set[str]:
