@@ -10,6 +10,7 @@ import pytest
 
 from prunelib.experiment.experiment import Experiment
 from prunelib.families import family_of
+from prunelib.families.base import RESIDUAL
 from prunelib.plan import Plan
 from prunelib.selection import select
 from prunelib.surgery import pruned_config
@@ -29,12 +30,19 @@ EXPERIMENTS = sorted(
 # too: a head has three rows with biases and a column, a channel one row with its bias and a column;
 # a quarter is 8 heads and 4,096 channels, 60 % are 19 heads and 9,831 channels. GLM-4-9B by hand:
 # 37 layers lose 2 of 16 query heads of both kv groups, queries with a bias, and 1,712 channels.
+# Of the channel-wise rows, 20 % and 50 %, LLaMA-7B's are the paper's 5.39 B and 3.37 B; LLaMA-13B
+# by hand: 4,096 of 5,120 residual channels are left, attention and MLPs keep their widths.
 HEAD, CHANNEL = 128 * (4 * 4096 + 3), 2 * 4096 + 1
 LEFT = {
     ("llama-7b", 0.25): 5_422_977_024,
     ("llama-7b", 0.6): 3_350_188_032,
     ("vicuna-7b", 0.25): 5_422_977_024,
     ("vicuna-7b", 0.6): 3_350_188_032,
+    ("llama-7b", 0.2): 5_389_416_396,
+    ("llama-7b", 0.5): 3_369_207_808,
+    ("vicuna-7b", 0.2): 5_389_416_396,
+    ("vicuna-7b", 0.5): 3_369_207_808,
+    ("llama-13b", 0.2): 4096 * (2 * 32000 + 40 * (4 * 5120 + 3 * 13824 + 2) + 1),
     ("llama-13b", 0.25): 13_015_864_320 - 33 * (10 * 4 * 128 * 5120 + 3456 * 3 * 5120),
     ("llama-3-8b", 0.25): 6_612_586_496,
     ("tinyllama-1.1b", 0.25): 945_907_712,
@@ -61,9 +69,10 @@ def plans(experiment: Experiment) -> dict[tuple[str, float, str], Plan]:
             rule = method.rule()
             if rule.ranking == "global":
                 continue
+            layers = family.dimensions(config).layers
             scores = {
                 kind: [rng.random(family.kind(config, kind).count)]
-                * family.dimensions(config).layers
+                * (1 if kind == RESIDUAL else layers)
                 for kind in rule.kinds
             }
             for target in experiment.targets:
@@ -91,6 +100,8 @@ def test_every_published_size_is_asked_for() -> None:
         "llm_pruner_llama_7b",
         "llm_pruner_tinyllama",
         "llm_pruner_glm_4_9b",
+        "llm_pruner_channel_7b",
+        "llm_pruner_channel_13b",
         "mini_llm_bloom_7b1",
         "mini_llm_opt_6_7b",
     ],
