@@ -46,14 +46,17 @@ class Target:
     Attributes:
         kind: ``parameters``, ``groups`` or ``blocks``.
         value: a share in [0, 1), or a number of blocks.
-        protect_first: number of first layers whose units stay.
-        protect_last: number of last layers whose units stay.
+        protect_first: number of first layers whose units stay, or their share of all layers, in
+            (0, 1), rounded down to whole layers.
+        protect_last: the same of the last layers.
+        protect_layers: indices of further layers whose units stay.
     """
 
     kind: str
     value: float
-    protect_first: int = 0
-    protect_last: int = 0
+    protect_first: float = 0
+    protect_last: float = 0
+    protect_layers: Sequence[int] = ()
 
     def __post_init__(self) -> None:
         if self.kind not in TARGET_KINDS:
@@ -69,8 +72,37 @@ class Target:
             raise InputError(
                 f"target {self.kind}: ratio {self.value} given; 0 <= ratio < 1 allowed"
             )
-        if self.protect_first < 0 or self.protect_last < 0:
-            raise InputError("target protect: first and last must not be negative")
+        for name, given in (("first", self.protect_first), ("last", self.protect_last)):
+            if given < 0 or (given > 1 and given != int(given)):
+                raise InputError(
+                    f"target protect: {name} {given} given; a whole number from 0, or a share of "
+                    "the layers below 1, allowed"
+                )
+        if any(layer < 0 for layer in self.protect_layers):
+            raise InputError("target protect: layers must not be negative")
+
+    @property
+    def protects(self) -> bool:
+        """Whether any layer is named."""
+        return bool(self.protect_first or self.protect_last or self.protect_layers)
+
+    def protected(self, count: int) -> set[int]:
+        """Return the indices of the protected ones of ``count`` layers.
+
+        Raises:
+            InputError: a layer is named that the model does not have.
+        """
+        if beyond := [layer for layer in self.protect_layers if layer >= count]:
+            raise InputError(
+                f"target protect: layer {beyond[0]} given; the model has layers 0..{count - 1}"
+            )
+        first, last = (
+            # The share is the decimal that was written: 0.29 of 100 layers are 29.
+            math.floor(count * Fraction(str(given))) if 0 < given < 1 else int(given)
+            for given in (self.protect_first, self.protect_last)
+        )
+        ends = {*range(min(first, count)), *range(max(count - last, 0), count)}
+        return ends | set(self.protect_layers)
 
 
 @dataclass(frozen=True)
@@ -95,17 +127,20 @@ class Rule:
             raise InputError(f"round_to {self.round_to} given; a whole number from 1 allowed")
 
 
-def prunable_layers(family: Family, config: Config, target: Target) -> range:
+def prunable_layers(family: Family, config: Config, target: Target) -> list[int]:
     """Return the indices of the layers that are not protected.
 
     Raises:
-        InputError: all layers are protected although something is to be removed.
+        InputError: all layers are protected although something is to be removed, or one that the
+            model does not have.
     """
     count = family.dimensions(config).layers
-    layers = range(target.protect_first, count - target.protect_last)
+    protected = target.protected(count)
+    layers = [layer for layer in range(count) if layer not in protected]
     if not layers and target.value > 0:
+        named = f" and layers {list(target.protect_layers)}" if target.protect_layers else ""
         raise InputError(
-            f"target protect: first {target.protect_first} and last {target.protect_last} "
+            f"target protect: first {target.protect_first} and last {target.protect_last}{named} "
             f"cover all {count} layers; nothing is left to prune"
         )
     return layers
@@ -204,6 +239,13 @@ def most_removable(family: Family, config: Config, target: Target, rule: Rule) -
     return each * _places(family, config, target, rule)
 
 
+def _layers(layers: Sequence[int]) -> str:
+    first, last = layers[0], layers[-1]
+    if len(layers) == last - first + 1:
+        return f"layers {first}..{last}"
+    return f"layers {', '.join(map(str, layers))}"
+
+
 def check_reachable(family: Family, config: Config, target: Target, rule: Rule) -> None:
     """Refuse a target that the prunable layers cannot reach.
 
@@ -223,7 +265,7 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
     if target.kind == "blocks":
         raise InputError(f"target blocks: this method prunes {', '.join(rule.kinds)}, not blocks")
     whole = [name for name in rule.kinds if family.kind(config, name).whole]
-    if whole and (target.protect_first or target.protect_last):
+    if whole and target.protects:
         raise InputError(
             f"target protect: {whole[0]} units run through all layers; allowed: no protect"
         )
@@ -232,7 +274,7 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
         most = most_removable(family, config, target, rule)
         if target.value * total > most:
             raise InputError(
-                f"target parameters {target.value}: layers {layers.start}..{layers.stop - 1} "
+                f"target parameters {target.value}: {_layers(layers)} "
                 f"can lose at most {most / total:.4f} of all {total:,} parameters; "
                 "protect fewer layers or remove less"
             )

@@ -15,6 +15,7 @@ from tiny_project import CATALOGUES, EXPERIMENT, ROOT, make_project, write_exper
 from prunelib.errors import InputError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import closure
+from prunelib.selection import Target
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +62,15 @@ def edit(catalogue: str, change: Callable[[dict[str, Any]], None]) -> None:
             "can lose at most",
         ),
         ({"targets": [{"groups": 0.3, "protect": {"first": 4}}]}, "cover all 4 layers"),
+        (
+            {"targets": [{"groups": 0.3, "protect": {"first": 1.5}}]},
+            r"targets\[0\]: target protect: first 1\.5 given; a whole number from 0, or a share",
+        ),
+        (
+            {"targets": [{"groups": 0.3, "protect": {"layers": [1, 4]}}]},
+            r"layer 4 given; the model has layers 0\.\.3",
+        ),
+        ({"targets": [{"groups": 0.3, "protect": {"layers": [1, 1]}}]}, r"protect\.layers"),
         ({"baseline": "shortgpt"}, "baseline: 'shortgpt' is not one of the methods"),
         ({"models": ["../etc"]}, r"models\[0\]"),
         ({"methods": ["<script>"]}, r"methods\[0\]"),
@@ -77,6 +87,19 @@ def test_bad_experiments_are_refused_in_one_line(
         load(**changes).cells  # noqa: B018
     assert "\n" not in str(refusal.value)
     assert "experiment.yaml" in str(refusal.value)
+
+
+def test_targets_may_be_named(project: Path) -> None:
+    spelt = {"groups": 0.34, "protect": {"first": 1, "layers": [3]}}
+    Path("catalogue/targets.yaml").write_text(yaml.safe_dump({"third": spelt}))
+    named, plain = load(targets=["third"]), load(targets=[spelt])
+    assert named.targets == plain.targets == [Target("groups", 0.34, 1, 0, (3,))]
+    assert keys(named) == keys(plain)
+    with pytest.raises(InputError, match=r"targets\[0\]: target 'half' .* known: third"):
+        load(targets=["half"])
+    Path("catalogue/targets.yaml").write_text(yaml.safe_dump({"third": {"groups": 2}}))
+    with pytest.raises(InputError, match=r"targets\[0\]\.groups: 2"):
+        load(targets=["third"])
 
 
 def test_repeated_keys_and_object_tags_are_refused(project: Path) -> None:

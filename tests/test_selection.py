@@ -236,3 +236,34 @@ def test_scores_of_another_model_are_refused() -> None:
     scores = random_scores(tiny_config("llama"), WIDTH)
     with pytest.raises(InputError, match="must be 30 arrays of 3 scores"):
         select(scores, family_of(SMOLLM2), SMOLLM2, Target("groups", 0.1), WIDTH, {})
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "layers", "count", "left"),
+    [
+        (4, 2, (), 32, range(4, 30)),
+        # An eighth and a sixteenth of 32 layers.
+        (0.125, 0.0625, (), 32, range(4, 30)),
+        # 3.0 of 30 layers, where 0.1 * 30 is a little more; 8.7 are 8; 29 of 100, not 28.99...
+        (0.1, 0.29, (), 30, range(3, 22)),
+        (0.29, 0, (), 100, range(29, 100)),
+        (1, 0, (3, 5), 8, (1, 2, 4, 6, 7)),
+    ],
+)
+def test_layers_are_protected_by_number_share_and_index(
+    first: float, last: float, layers: tuple[int, ...], count: int, left: Any
+) -> None:
+    protected = Target("groups", 0.25, first, last, layers).protected(count)
+    assert set(range(count)) - protected == set(left)
+
+
+def test_only_unprotected_layers_lose_units() -> None:
+    config = tiny_config("llama")
+    family = family_of(config)
+    count = family.dimensions(config).layers
+    target = Target("groups", 0.5, 0, 0, (1,))
+    units = family.kind(config, "mlp_channel").count
+    scores = {"mlp_channel": [np.arange(units, dtype=float)] * count}
+    plan = select(scores, family, config, target, Rule(("mlp_channel",)), {})
+    widths = [len((layer or {})["mlp_channel"]) for layer in plan.kept]
+    assert widths == [units if layer == 1 else units // 2 for layer in range(count)]

@@ -89,9 +89,25 @@ def _after(previous: Node | None) -> tuple[tuple[str, ...], dict[str, Node]]:
 
 def _target_label(target: Target) -> str:
     label = f"{target.kind}-{target.value:g}"
-    if target.protect_first or target.protect_last:
-        label += f"-protect-{target.protect_first}-{target.protect_last}"
+    if target.protects:
+        label += f"-protect-{target.protect_first:g}-{target.protect_last:g}"
+        label += "".join(f"-{layer}" for layer in target.protect_layers)
     return label
+
+
+def _with_named_targets(data: Any, path: Path, config: Path) -> Any:
+    """Return an experiment's data with the catalogue's targets in the place of their names."""
+    targets = data.get("targets") if isinstance(data, dict) else None
+    if not isinstance(targets, list) or not any(isinstance(entry, str) for entry in targets):
+        return data
+    known = load_catalogue(config, "targets")
+    found = [
+        lookup(known, entry, "target", f"{path}: targets[{number}]")
+        if isinstance(entry, str)
+        else entry
+        for number, entry in enumerate(targets)
+    ]
+    return data | {"targets": found}
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,7 +133,7 @@ class Experiment:
         Raises:
             InputError: file, key, what was given and what is allowed.
         """
-        data = read_yaml(path)
+        data = _with_named_targets(read_yaml(path), path, config)
         validate(data, "experiment", path)
         catalogues = {name: load_catalogue(config, name) for name in CATALOGUES}
         experiment = cls(path, config, data, catalogues)
@@ -192,7 +208,15 @@ class Experiment:
             protect = entry.get("protect", {})
             ((kind, value),) = ((k, v) for k, v in entry.items() if k != "protect")
             try:
-                targets.append(Target(kind, value, protect.get("first", 0), protect.get("last", 0)))
+                targets.append(
+                    Target(
+                        kind,
+                        value,
+                        protect.get("first", 0),
+                        protect.get("last", 0),
+                        tuple(sorted(protect.get("layers", ()))),
+                    )
+                )
             except InputError as error:
                 raise InputError(f"{self.path}: targets[{number}]: {error}") from error
         return targets
@@ -360,6 +384,8 @@ class Experiment:
                 "value": target.value,
                 "protect_first": target.protect_first,
                 "protect_last": target.protect_last,
+                # Left out where there are none, so that the keys of all others stay.
+                **({"protect_layers": list(layers)} if (layers := target.protect_layers) else {}),
             },
             "seed": seed if self._seeded(method) else None,
         }
