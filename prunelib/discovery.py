@@ -164,6 +164,10 @@ class _Parameter:
         return _Parameter(self.axes[::-1])
 
 
+# The value of what could not be traced, and of what was computed from it up to the next matrix.
+_UNTRACED = object()
+
+
 class _Tracer:
     """Runs an exported graph on labels."""
 
@@ -206,16 +210,21 @@ class _Tracer:
             return torch.full(tuple(argument.meta["val"].shape), _NONE, dtype=torch.int64)
         return torch.from_numpy(np.ascontiguousarray(labels))
 
-    def _give_up(self, node: Node) -> None:
+    def _give_up(self, node: Node) -> object:
         stack = node.meta.get("nn_module_stack") or {}
         where = next(reversed(stack.values()), ("",))[0] if stack else ""
         self.untraced[f"{_name(node)} in {where or 'the model'}"] = None
+        return self._open(node)
+
+    def _open(self, node: Node) -> object:
+        """Leave out all that goes in: which neurons are where in what comes out is not known."""
         for argument in node.all_input_nodes:
             value = self._value(argument)
             parts = value.axes if isinstance(value, _Parameter) else (self._labels(argument),)
             for labels in parts:
                 if labels is not None:
                     self.groups.open.update(int(x) for x in np.unique(labels) if x != _NONE)
+        return _UNTRACED
 
     # ---------------------------------------------------------------------------- operations
 
@@ -225,6 +234,8 @@ class _Tracer:
         involved = [a for a in node.all_input_nodes if self._values.get(a.name) is not None]
         if not involved or name in _IGNORED:
             return None
+        if name not in ("linear", "addmm") and any(self._value(a) is _UNTRACED for a in involved):
+            return self._open(node)
         if name == "getitem":
             found = self._value(arguments[0])
             return found[arguments[1]] if isinstance(found, list | tuple) else None
@@ -252,14 +263,15 @@ class _Tracer:
                 return self._product(node, factors)  # type: ignore[arg-type]
         elif name in _ELEMENTWISE:
             return self._meet(node, [self._labels(a) for a in node.all_input_nodes])
-        self._give_up(node)
-        return None
+        return self._give_up(node)
 
     def _linear(self, given: Any, weight: Any, bias: Any = None, rows: int = 0) -> Labels | None:
         """Columns go with the inputs; rows, with the bias, begin new neurons."""
         matrix, labels = self._value(weight), self._labels(given)
         assert isinstance(matrix, _Parameter)
         outputs, inputs = matrix.axes[rows], matrix.axes[1 - rows]
+        if self._value(given) is _UNTRACED:
+            self.groups.open.update(inputs.tolist())
         if labels is not None:
             for sample in labels.reshape(-1, len(inputs)):
                 self.groups.join_pairs(sample, inputs)

@@ -186,6 +186,34 @@ def test_what_cannot_be_followed_is_named_and_left_out() -> None:
     }  # fmt: skip
 
 
+class SortedSum(nn.Module):
+    """The rows of ``a`` are added to its columns, in an order that is not known."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(3, 3), nn.Linear(3, 4), nn.Linear(4, 2)
+        self.first = nn.Linear(3, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.first(x)
+        summed: torch.Tensor = self.c(self.b(x + self.a(x).sort(-1).values * 2))
+        return summed
+
+
+@pytest.mark.parametrize(
+    "place", [("a.weight", 0), ("a.weight", 1), ("b.weight", 1), ("first.weight", 0)]
+)
+def test_what_meets_the_untraced_is_left_out_too(place: tuple[str, int]) -> None:
+    found = trace(SortedSum().eval(), {"x": torch.zeros(1, 2, 3)})
+    assert found.untraced == ("sort in the model",)
+    with pytest.raises(InputError, match="not traced: sort in the"):
+        found.group(*place, 1)
+    # Behind the next matrix, all is known.
+    assert places(found, "c.weight", 1, 3) == {
+        "b.weight.0": (3,), "b.bias.0": (3,), "c.weight.1": (3,),
+    }  # fmt: skip
+
+
 # ---------------------------------------------------------------------------------- models
 
 
