@@ -81,6 +81,17 @@ class Target:
         if any(layer < 0 for layer in self.protect_layers):
             raise InputError("target protect: layers must not be negative")
 
+    def to_dict(self) -> dict[str, Any]:
+        """Return the target as JSON-serialisable data, that of its constructor.
+
+        ``protect_layers`` is left out where there are none, so that plans and keys of all other
+        targets read as they always did.
+        """
+        data = asdict(self) | {"protect_layers": list(self.protect_layers)}
+        if not self.protect_layers:
+            del data["protect_layers"]
+        return data
+
     @property
     def protects(self) -> bool:
         """Whether any layer is named."""
@@ -355,7 +366,7 @@ def select(
         kept=tuple(kept),
         units={name: kind.count for name, kind in kinds.items()},
         parameters=(family.parameters(config), remaining_parameters(family, config, kept, whole)),
-        target=asdict(target),
+        target=target.to_dict(),
         produced_by=dict(produced_by),
         whole=whole,
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import numpy as np
@@ -12,6 +13,7 @@ from prunelib.errors import InputError, NonFiniteError
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
+from prunelib.plan import Plan
 from prunelib.selection import (
     Rule,
     Target,
@@ -267,3 +269,7 @@ def test_only_unprotected_layers_lose_units() -> None:
     plan = select(scores, family, config, target, Rule(("mlp_channel",)), {})
     widths = [len((layer or {})["mlp_channel"]) for layer in plan.kept]
     assert widths == [units if layer == 1 else units // 2 for layer in range(count)]
+    assert plan.target["protect_layers"] == [1]
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    assert Target(**plan.target).protected(count) == {1}
+    assert "protect_layers" not in Target("groups", 0.5, 1, 1).to_dict()

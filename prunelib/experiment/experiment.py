@@ -379,14 +379,7 @@ class Experiment:
             "method": entry["method"],
             "variant": variant,
             "parameters": dict(entry.get("parameters", {})),
-            "target": {
-                "kind": target.kind,
-                "value": target.value,
-                "protect_first": target.protect_first,
-                "protect_last": target.protect_last,
-                # Left out where there are none, so that the keys of all others stay.
-                **({"protect_layers": list(layers)} if (layers := target.protect_layers) else {}),
-            },
+            "target": target.to_dict(),
             "seed": seed if self._seeded(method) else None,
         }
         inputs = {
