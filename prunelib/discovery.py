@@ -234,16 +234,17 @@ class _Tracer:
         involved = [a for a in node.all_input_nodes if self._values.get(a.name) is not None]
         if not involved or name in _IGNORED:
             return None
-        if name not in ("linear", "addmm") and any(self._value(a) is _UNTRACED for a in involved):
+        place = {"linear": 1, "addmm": 2}.get(name)
+        if place is not None and isinstance(self._value(arguments[place]), _Parameter):
+            if name == "linear":
+                return self._linear(*arguments)
+            bias, given, weight = arguments[:3]
+            return self._linear(given, weight, bias, rows=1)
+        if any(self._value(a) is _UNTRACED for a in involved):
             return self._open(node)
         if name == "getitem":
             found = self._value(arguments[0])
             return found[arguments[1]] if isinstance(found, list | tuple) else None
-        if name == "linear":
-            return self._linear(*arguments)
-        if name == "addmm":
-            bias, given, weight = arguments[:3]
-            return self._linear(given, weight, bias, rows=1)
         if name == "embedding":
             return self._embedding(node)
         if name in ("layer_norm", "native_layer_norm"):

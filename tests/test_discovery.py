@@ -214,6 +214,25 @@ def test_what_meets_the_untraced_is_left_out_too(place: tuple[str, int]) -> None
     }  # fmt: skip
 
 
+class Scaled(nn.Module):
+    """A matrix that is computed before it is used."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 4), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(self.a(x), self.b.weight * 2, self.b.bias)
+
+
+def test_a_computed_matrix_is_not_followed() -> None:
+    found = trace(Scaled().eval(), {"x": torch.zeros(1, 2, 3)})
+    assert found.untraced == ("mul in the model",)
+    for place in (("a.weight", 0), ("b.weight", 1)):
+        with pytest.raises(InputError, match="not traced: mul in the"):
+            found.group(*place, 1)
+
+
 # ---------------------------------------------------------------------------------- models
 
 

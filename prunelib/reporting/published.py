@@ -138,7 +138,7 @@ def _plain(text: object) -> str:
     return "".join(char for char in str(text).casefold() if char.isalnum())
 
 
-# What tells the rows of one method in a paper apart, in the order of their names; what they omit.
+# Parameters that tell a paper's rows of one method apart, and values that their names leave out.
 _NAMING = ("strategy", "criterion", "aggregation", "heads", "attribution", "ranking")
 _USUAL = {"block", "sum", "kv_group", "owner", "local"}
 

@@ -113,7 +113,7 @@ class _Memory:
 
         Args:
             weight: also gives type and device.
-            name: whose it is alone; with None it is whoever's asks next for that shape.
+            name: whose it is alone; with None, that of whoever asks next for this shape.
         """
         key = (name, weight.shape, weight.dtype, weight.device)
         if key not in self._taken:
