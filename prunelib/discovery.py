@@ -247,8 +247,9 @@ class _Tracer:
             return found[arguments[1]] if isinstance(found, list | tuple) else None
         if name == "embedding":
             return self._embedding(node)
-        if name in ("layer_norm", "native_layer_norm"):
-            vectors = [self._labels(a) for a in node.args[2:4] if a is not None]
+        if name in ("layer_norm", "native_layer_norm", "rms_norm"):
+            # Weight and bias, of which a root mean square norm has no bias.
+            vectors = [self._labels(a) for a in node.args[2:4] if isinstance(a, torch.fx.Node)]
             return self._meet(node, [self._labels(node.args[0]), *vectors])
         weight = self._value(node.args[0])
         if isinstance(weight, _Parameter) and len(weight.axes) > 1:
@@ -262,6 +263,10 @@ class _Tracer:
             factors = [self._labels(a) for a in node.args[-2:]]
             if all(f is not None and f.ndim > 2 for f in factors):
                 return self._product(node, factors)  # type: ignore[arg-type]
+        elif name == "scaled_dot_product_attention":
+            factors = [self._labels(a) for a in node.args[:3]]
+            if all(f is not None and f.ndim > 2 for f in factors):
+                return self._attention(node, *factors)  # type: ignore[arg-type]
         elif name in _ELEMENTWISE:
             return self._meet(node, [self._labels(a) for a in node.all_input_nodes])
         return self._give_up(node)
@@ -327,6 +332,13 @@ class _Tracer:
             self.groups.mark(labels, HEAD)
             result[index] = labels[0] if len(labels) else _NONE
         return result.reshape(shape)
+
+    def _attention(self, node: Node, query: Labels, key: Labels, value: Labels) -> Labels:
+        """Two products: of queries and keys, and of their weights with the values."""
+        if node.kwargs.get("enable_gqa"):
+            times = query.shape[-3] // key.shape[-3]
+            key, value = (np.repeat(labels, times, axis=-3) for labels in (key, value))
+        return self._product(node, [self._product(node, [query, key]), value])
 
     def _meet(self, node: Node, found: list[Labels | None]) -> Labels | None:
         shape = tuple(node.meta["val"].shape)

@@ -33,6 +33,15 @@ WIDE: dict[str, Any] = {
     "vocab_size": 50,
     "max_position_embeddings": 32,
 }
+OPT: dict[str, Any] = {
+    "hidden_size": 24,
+    "ffn_dim": 20,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 3,
+    "vocab_size": 50,
+    "max_position_embeddings": 32,
+    "word_embed_proj_dim": 24,
+}
 CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", WIDE),
     "llama with as many kv heads": ("llama", WIDE | {"num_key_value_heads": 6, "head_dim": 4}),
@@ -40,14 +49,33 @@ CONFIGS: dict[str, tuple[str, dict[str, Any]]] = {
     "llama with a tied head": ("llama", WIDE | {"tie_word_embeddings": True}),
     "mistral": ("mistral", WIDE),
     "qwen2": ("qwen2", WIDE | {"head_dim": 4}),
+    "qwen2 with windows": (
+        "qwen2",
+        WIDE
+        | {"head_dim": 4, "use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    ),
     "qwen3": ("qwen3", WIDE),
-    "opt": (
+    "opt": ("opt", OPT),
+    # As opt-350m: norms after the sums, an embedding narrower than the layers.
+    "opt with norms behind": ("opt", OPT | {"do_layer_norm_before": False}),
+    "opt with projections": ("opt", OPT | {"word_embed_proj_dim": 16}),
+    "opt without biases": (
         "opt",
-        {"hidden_size": 24, "ffn_dim": 20, "num_hidden_layers": 2, "num_attention_heads": 3}
-        | {"vocab_size": 50, "max_position_embeddings": 32, "word_embed_proj_dim": 24},
+        OPT
+        | {"enable_bias": False, "layer_norm_elementwise_affine": False}
+        | {"tie_word_embeddings": False, "_remove_final_layer_norm": True},
+    ),
+    "bloom with its own head": (
+        "bloom",
+        {"hidden_size": 24, "n_layer": 2, "n_head": 3, "vocab_size": 50}
+        | {"tie_word_embeddings": False},
     ),
     "bloom": ("bloom", {"hidden_size": 24, "n_layer": 2, "n_head": 3, "vocab_size": 50}),
     "glm": ("glm", WIDE | {"num_key_value_heads": 2, "pad_token_id": 0}),
+    "glm without biases": (
+        "glm",
+        WIDE | {"pad_token_id": 0, "attention_bias": False, "tie_word_embeddings": True},
+    ),
     "gpt2": (
         "gpt2",
         {"n_embd": 24, "n_layer": 2, "n_head": 3, "vocab_size": 50, "n_positions": 32},
@@ -120,11 +148,58 @@ def test_sums_products_norms_and_biases_join_and_linear_maps_do_not() -> None:
     assert found.untraced == ()
 
 
-class Shared(nn.Module):
-    """One vector for all heads, halves of a head swapped, kv heads shared by two."""
+class PaperBlock(nn.Module):
+    """The network of LLM-Pruner's figure 2: an embedding, attention, a gated MLP and a head."""
 
     def __init__(self) -> None:
         super().__init__()
+        self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+        self.norm1, self.norm2, self.norm3 = (nn.RMSNorm(6) for _ in range(3))
+        self.q, self.k, self.v, self.o = (nn.Linear(6, 6, bias=False) for _ in range(4))
+        self.gate, self.up = (nn.Linear(6, 5, bias=False) for _ in range(2))
+        self.down = nn.Linear(5, 6, bias=False)
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.embed(ids)
+        h = self.norm1(x)
+        q, k, v = (part(h).view(1, -1, 3, 2).transpose(1, 2) for part in (self.q, self.k, self.v))
+        heads = nn.functional.scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.o(heads.transpose(1, 2).reshape(1, -1, 6))
+        h = self.norm2(x)
+        x = x + self.down(nn.functional.silu(self.gate(h)) * self.up(h))
+        logits: torch.Tensor = self.head(self.norm3(x))
+        return logits
+
+
+def test_the_three_group_types_of_the_paper() -> None:
+    """Figure 2 (a) to (c), from every trigger of a group."""
+    found = trace(PaperBlock().eval(), {"ids": torch.zeros(1, 4, dtype=torch.int64)})
+    assert found.untraced == ()
+    channel = {"gate.weight.0": (3,), "up.weight.0": (3,), "down.weight.1": (3,)}
+    head = dict.fromkeys(("q.weight.0", "k.weight.0", "v.weight.0", "o.weight.1"), (2, 3))
+    residual = dict.fromkeys(
+        (
+            "embed.weight.1", "norm1.weight.0", "q.weight.1", "k.weight.1", "v.weight.1",
+            "o.weight.0", "norm2.weight.0", "gate.weight.1", "up.weight.1", "down.weight.0",
+            "norm3.weight.0", "head.weight.1",
+        ),
+        (3,),
+    )  # fmt: skip
+    for expected, kind, count in ((channel, CHANNEL, 5), (head, HEAD, 3), (residual, RESIDUAL, 6)):
+        assert len(found.of(kind)) == count
+        for trigger, positions in expected.items():
+            parameter, axis = trigger.rsplit(".", 1)
+            for position in positions:
+                assert places(found, parameter, int(axis), position) == expected
+                assert found.group(parameter, int(axis), position).kind == kind
+
+
+class Shared(nn.Module):
+    """One vector for all heads, halves of a head swapped, kv heads shared by two."""
+
+    def __init__(self, fused: bool) -> None:
+        super().__init__()
+        self.fused = fused
         self.q = nn.Linear(5, 16, bias=False)
         self.k, self.v = (nn.Linear(5, 8, bias=False) for _ in range(2))
         self.scale = nn.Parameter(torch.ones(4))
@@ -132,18 +207,20 @@ class Shared(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         q = self.q(x).view(1, -1, 4, 4).transpose(1, 2) * self.scale
-        k, v = (
-            part(x).view(1, -1, 2, 4).transpose(1, 2).repeat_interleave(2, 1)
-            for part in (self.k, self.v)
-        )
+        k, v = (part(x).view(1, -1, 2, 4).transpose(1, 2) for part in (self.k, self.v))
         first, second = q.chunk(2, -1)
         q = torch.cat((-second, first), -1)
+        if self.fused:
+            heads = nn.functional.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+            return self.o(heads.transpose(1, 2).reshape(1, -1, 16))
+        k, v = (part.repeat_interleave(2, 1) for part in (k, v))
         weights = (q @ k.transpose(2, 3)).softmax(-1)
         return self.o((weights @ v).transpose(1, 2).reshape(1, -1, 16))
 
 
-def test_query_heads_of_one_kv_head_go_with_it_and_a_shared_vector_stays() -> None:
-    found = trace(Shared().eval(), {"x": torch.zeros(1, 3, 5)})
+@pytest.mark.parametrize("fused", [False, True])
+def test_query_heads_of_one_kv_head_go_with_it_and_a_shared_vector_stays(fused: bool) -> None:
+    found = trace(Shared(fused).eval(), {"x": torch.zeros(1, 3, 5)})
     expected = {
         "q.weight.0": span(8, 8),
         "k.weight.0": span(4, 4),
@@ -250,7 +327,9 @@ def test_counts_of_groups(name: str) -> None:
         assert not found.of(RESIDUAL)
         return
     assert found.untraced == ()
-    assert len(found.of(RESIDUAL)) == 24
+    # Beside the stream, the embedding's own width where projections part them.
+    embedding = options.get("word_embed_proj_dim", 24)
+    assert len(found.of(RESIDUAL)) == 24 + (embedding if embedding != 24 else 0)
     assert len(found.of(CHANNEL)) == 2 * (
         options.get("intermediate_size") or options.get("ffn_dim", 96)
     )
@@ -339,8 +418,14 @@ def test_families_declare_what_discovery_finds(name: str) -> None:
 @pytest.mark.parametrize("name", filter(has_family, CONFIGS))
 def test_families_declare_the_residual_channels_that_discovery_finds(name: str) -> None:
     config, found = make(name).config.to_dict(), found_in(name)
-    declared = family_of(config).kind(config, RESIDUAL)
-    assert declared.count == len(found.of(RESIDUAL)) == 24
+    family = family_of(config)
+    declared = family.kind(config, RESIDUAL)
+    stream = [
+        group
+        for group in found.of(RESIDUAL)
+        if any(part.parameter.startswith(family.layer_prefix) for part in group.slices)
+    ]
+    assert declared.count == len(stream) == 24
     for unit in range(declared.count):
         slices = sorted(
             (part.parameter, part.axis, tuple((part.owner == unit).nonzero()[0].tolist()))
