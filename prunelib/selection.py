@@ -80,6 +80,12 @@ class Target:
                 )
         if any(layer < 0 for layer in self.protect_layers):
             raise InputError("target protect: layers must not be negative")
+        # One target, one key: YAML tells 4 from 4.0, a reader does not.
+        whole = self.kind == "blocks"
+        object.__setattr__(self, "value", int(self.value) if whole else float(self.value))
+        for name in ("protect_first", "protect_last"):
+            given = getattr(self, name)
+            object.__setattr__(self, name, int(given) if given == int(given) else given)
 
     def to_dict(self) -> dict[str, Any]:
         """Return the target as JSON-serialisable data, that of its constructor.

@@ -249,6 +249,37 @@ def test_selection_settings_share_scores(project: Path) -> None:
     assert a.inputs["scores"].key == b.inputs["scores"].key
 
 
+def test_one_pass_serves_all_on_request(project: Path) -> None:
+    edit(
+        "methods",
+        lambda e: e.update(
+            element2={"method": "llm_pruner", "parameters": {"criterion": "element2"}}
+        ),
+    )
+
+    def passes(**changes: Any) -> dict[str, Any]:
+        """Method -> the pass of its scores on the first seed."""
+        cells = load(**changes).cells
+        scores = {c.method: c.steps["prune"].inputs["scores"] for c in cells if "prune" in c.steps}
+        found = {"element1": "gradients", "element2": "fisher"}
+        return {method: scores[method].inputs[found[method]] for method in scores}
+
+    both = ["element1", "element2"]
+    apart, merged = passes(methods=both), passes(methods=both, merge_passes=True)
+    assert [node.params["name"] for node in apart.values()] == ["gradients", "fisher"]
+    assert apart["element2"].key == merged["element2"].key == merged["element1"].key
+    # Without second order there is nothing to take its place.
+    alone = passes(methods=["element1"], merge_passes=True)
+    assert alone["element1"].key == apart["element1"].key
+
+
+def test_numbers_of_one_value_are_one_target(project: Path) -> None:
+    def target(first: float, parameters: float) -> dict[str, Any]:
+        return {"parameters": parameters, "protect": {"first": first}}
+
+    assert keys(load(targets=[target(1, 0)])) == keys(load(targets=[target(1.0, 0.0)]))
+
+
 def test_planning_does_not_import_torch() -> None:
     import subprocess
     import sys

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib
 from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -18,7 +19,7 @@ from prunelib.families import family_of
 from prunelib.families.base import UnitKind, UnitSlice
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
-from prunelib.statistics import fisher, gradients
+from prunelib.statistics import WITHIN, fisher, gradients
 
 WINDOWS = torch.randint(0, 97, (5, 16), generator=torch.Generator().manual_seed(5))
 CRITERIA = ("vector", "element1", "element2", "mixed")
@@ -300,22 +301,34 @@ def test_fisher_equals_a_loop_over_samples(
     assert not found
 
 
-def test_fisher_serves_first_order_as_the_gradient_pass_does() -> None:
-    config, model = tiny_config("llama"), tiny_model("llama")
+@pytest.mark.parametrize(("less", "more"), [(a, b) for a, all_ in WITHIN.items() for b in all_])
+def test_a_pass_holds_what_those_within_it_do(less: str, more: str) -> None:
+    config, model = tiny_config("llama-tied"), tiny_model("llama-tied")
     arguments: Any = (model, family_of(config), config, WINDOWS, 5)
-    first, both = gradients.collect(*arguments), fisher.collect(*arguments)
-    for criterion in ("vector", "element1"):
-        method = create("llm_pruner", {"criterion": criterion})
-        assert method.statistics == ("gradients",)
-        a, b = (
-            method.scores(
-                ScoringInputs(family_of(config), config, torch.zeros, {"gradients": found}, 0)
-            )
-            for found in (first, both)
-        )
-        for kind in a:
-            for x, y in zip(a[kind], b[kind], strict=True):
-                assert x == pytest.approx(y, rel=1e-3)
+    part, whole = (
+        importlib.import_module(f"prunelib.statistics.{name}").collect(*arguments)
+        for name in (less, more)
+    )
+    assert part
+    for name, value in part.items():
+        # A signed sum is as exact as its terms are large.
+        scale = whole[name.replace(".sum.", ".abs.")].abs().max().item()
+        assert (value - whole[name]).abs().max().item() < 2e-4 * scale, name
+
+
+def test_a_linear_map_that_is_called_twice_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    config, model = tiny_config("llama"), tiny_model("llama")
+    mlp = model.model.layers[0].mlp
+
+    def twice(states: torch.Tensor) -> torch.Tensor:
+        product: torch.Tensor = mlp.down_proj(states)
+        return mlp.down_proj(mlp.act_fn(mlp.gate_proj(product)) * mlp.up_proj(product))
+
+    monkeypatch.setattr(
+        mlp, "forward", lambda x: twice(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
+    )
+    with pytest.raises(InputError, match=r"Linear\(.*\) more than once; allowed"):
+        gradients.collect(model, family_of(config), config, WINDOWS, 5)
 
 
 def test_the_sum_over_batches_is_in_fp32() -> None:

@@ -27,6 +27,7 @@ from prunelib.families import family_module, family_of
 from prunelib.methods import create, method_module
 from prunelib.methods.base import Method
 from prunelib.selection import Target, check_reachable
+from prunelib.statistics import WITHIN
 
 # Selection only: two variants that differ in these share their scores.
 _SELECTION_FIELDS = ("ranking", "round_to", "iterative_steps")
@@ -335,6 +336,17 @@ class Experiment:
             (f"prunelib.statistics.{name}", self._family(model)),
         )
 
+    @cached_property
+    def _merged(self) -> dict[str, str]:
+        """The pass that is run in the place of each pass of the experiment's methods."""
+        asked = {name for method in self.methods.values() for name in method.statistics}
+        if not self.data.get("merge_passes", False):
+            return {name: name for name in asked}
+        return {
+            name: next((more for more in reversed(WITHIN.get(name, ())) if more in asked), name)
+            for name in asked
+        }
+
     def _seeded(self, method: Method) -> bool:
         return bool(method.statistics) or method.seeded
 
@@ -356,7 +368,7 @@ class Experiment:
         for name in method.statistics:
             told = method.statistic_options.get(name)
             options = json.dumps(told, sort_keys=True) if told else ""
-            inputs[name] = self._statistics(model, name, options, seed, previous)
+            inputs[name] = self._statistics(model, self._merged[name], options, seed, previous)
         after, more = _after(previous)
         inputs |= more
         labels = (model, variant, *((f"seed{seed}",) if self._seeded(method) else ()), *after)

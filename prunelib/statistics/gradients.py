@@ -31,7 +31,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from prunelib.errors import NonFiniteError
+from prunelib.errors import InputError, NonFiniteError
 from prunelib.statistics.batches import batches, progress
 
 if TYPE_CHECKING:
@@ -204,7 +204,13 @@ class _LayerRecorder:
         return hook
 
     def _note(self, module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
-        self._called.append((module, output.nbytes if _is_plain(module) else 0))
+        plain = _is_plain(module)
+        if plain and any(module is other for other, _ in self._called):
+            # Its gradient would be the sum over its calls, each taken as the whole.
+            raise InputError(
+                f"a layer calls its {module} more than once; allowed: linear maps called once"
+            )
+        self._called.append((module, output.nbytes if plain else 0))
 
     def _keep(self, index: int) -> Any:
         def hook(module: nn.Module, args: tuple[Any, ...], output: torch.Tensor) -> None:
