@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
+from functools import cache
 from pathlib import Path
 
 import numpy as np
@@ -23,6 +26,20 @@ EXPERIMENTS = sorted(
     for paper in ("llm_pruner", "mini_llm")
     for path in (CONFIG / "experiments").glob(f"{paper}_*.yaml")
 )
+
+# One experiment for every size.
+SIZES = [
+    "llm_pruner_llama_7b",
+    "llm_pruner_llama_13b",
+    "llm_pruner_vicuna_7b",
+    "llm_pruner_llama_3_8b",
+    "llm_pruner_tinyllama",
+    "llm_pruner_glm_4_9b",
+    "llm_pruner_channel_7b",
+    "llm_pruner_channel_13b",
+    "mini_llm_bloom_7b1",
+    "mini_llm_opt_6_7b",
+]
 
 # Parameters that are left. LLaMA-7B at 25 %: issue 34 of LLM-Pruner's repository; at 60 %: the
 # paper's 3.35 B; Llama-3-8B and TinyLlama: the repository's table. LLaMA-13B by hand: 33 layers
@@ -54,10 +71,12 @@ LEFT = {
 }
 
 
+@cache
 def load(name: str) -> Experiment:
     return Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
 
 
+@cache
 def plans(experiment: Experiment) -> dict[tuple[str, float, str], Plan]:
     """A plan for every model, target and variant that ranks locally, from random scores."""
     found = {}
@@ -90,22 +109,11 @@ def test_targets_leave_the_published_number_of_parameters(name: str) -> None:
 
 
 def test_every_published_size_is_asked_for() -> None:
-    asked = {key[:2] for name in EXPERIMENTS for key in plans(load(name))}
+    asked = {key[:2] for name in SIZES for key in plans(load(name))}
     assert asked == set(LEFT)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        "llm_pruner_llama_7b",
-        "llm_pruner_tinyllama",
-        "llm_pruner_glm_4_9b",
-        "llm_pruner_channel_7b",
-        "llm_pruner_channel_13b",
-        "mini_llm_bloom_7b1",
-        "mini_llm_opt_6_7b",
-    ],
-)
+@pytest.mark.parametrize("name", SIZES)
 def test_models_of_the_published_size_can_be_built(name: str) -> None:
     """Independent of the plan's arithmetic: the modules themselves, without their weights."""
     import torch
@@ -132,8 +140,32 @@ def test_experiments_can_be_costed_without_a_network(
     arguments += ["--catalogue", str(CONFIG), "--cluster", str(CONFIG / "cluster.yaml")]
     assert cost.main(arguments) == 0
     steps = set(re.findall(r"^(\w+) ", capsys.readouterr().out, re.MULTILINE))
-    assert {"prune", "perplexity", "tasks", "total"} <= steps
-    assert ("recover" in steps) == bool(load(name).data["recovery"])
+    assert {"prune", "perplexity", "total"} <= steps
+    data = load(name).data
+    assert ("tasks" in steps) == (data["evaluation"] in ("paper_llm_pruner", "paper_mini_llm"))
+    assert ("recover" in steps) == bool(data["recovery"])
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("name", [n for n in EXPERIMENTS if not n.endswith(("_ptb", "_2048"))])
+def test_snakemake_plans_all_cells(name: str, tmp_path: Path) -> None:
+    done = subprocess.run(
+        [
+            *(Path(sys.executable).with_name("snakemake"), "-n", "--quiet", "rules"),
+            *("--directory", tmp_path, "--config", f"catalogue={CONFIG}"),
+            f"experiment={CONFIG}/experiments/{name}.yaml",
+        ],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    counts = dict(re.findall(r"^(\w+) +(\d+)$", done.stdout, re.MULTILINE))
+    cells = load(name).cells
+    for step in ("perplexity", "tasks", "efficiency", "recovery"):
+        wanted = {cell.steps[step].key for cell in cells if step in cell.steps}
+        assert int(counts.get(step.replace("recovery", "recover"), 0)) == len(wanted), step
 
 
 def test_nothing_is_missing_but_pinned_revisions() -> None:

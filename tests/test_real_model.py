@@ -117,7 +117,7 @@ def test_articles_are_disjoint(fetched: tuple[Path, Path]) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("criterion", ["vector", "mixed"])
+@pytest.mark.parametrize("criterion", ["vector", "element1", "element2", "mixed"])
 def test_half_precision_ranks_as_full_precision(criterion: str, fetched: tuple[Path, Path]) -> None:
     """Spearman correlation of a layer's MLP channels, bf16 scoring with fp32 sums against fp32.
 
