@@ -191,23 +191,26 @@ def load_in_a_fresh_interpreter(directories: dict[str, bool]) -> dict[str, Any]:
 def test_loads_in_a_fresh_interpreter(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     remote, bits = {}, {}
     ids = torch.arange(3, 19).view(2, 8)
-    for name in FRESH:
-        for shape in ("uniform", "protected", "blocks"):
-            source, out = tiny_checkpoint(name), tmp_path / f"{name}-{shape}"
-            config = checkpoint.read_config(source)
-            plan = random_plan(config, ("kv_group", "mlp_channel"), shape=shape, seed=3)
-            checkpoint.prune_checkpoint(source, plan, out)
-            remote[str(out)] = "auto_map" in checkpoint.read_config(out)
-            assert remote[str(out)] == (shape == "protected" or (name, shape) in NOT_STOCK)
-            stock = tmp_path / f"{name}-{shape}-stock"
-            if not (shape == "blocks" and name in POST_NORM):
-                checkpoint.export_stock(out, config, stock)
-                remote[str(stock)] = False
-            for directory in (out, stock) if stock.exists() else (out,):
-                with torch.inference_mode():
-                    logits = checkpoint.load_model(directory)(ids).logits
-                exact = logits.contiguous().view(torch.int32).tolist()
-                bits[str(directory)] = [exact, True, True]
+    cases = [
+        (name, "both", shape) for name in FRESH for shape in ("uniform", "protected", "blocks")
+    ]
+    cases += [(name, "slots and channels", "protected") for name in ("llama", "glm")]
+    for name, kinds, shape in cases:
+        source, out = tiny_checkpoint(name), tmp_path / f"{name}-{kinds}-{shape}"
+        config = checkpoint.read_config(source)
+        plan = random_plan(config, KINDS[kinds], shape=shape, seed=3)
+        checkpoint.prune_checkpoint(source, plan, out)
+        remote[str(out)] = "auto_map" in checkpoint.read_config(out)
+        assert remote[str(out)] == (shape == "protected" or (name, shape) in NOT_STOCK)
+        stock = tmp_path / f"{out.name}-stock"
+        if not (shape == "blocks" and name in POST_NORM):
+            checkpoint.export_stock(out, config, stock)
+            remote[str(stock)] = False
+        for directory in (out, stock) if stock.exists() else (out,):
+            with torch.inference_mode():
+                logits = checkpoint.load_model(directory)(ids).logits
+            exact = logits.contiguous().view(torch.int32).tolist()
+            bits[str(directory)] = [exact, True, True]
     assert load_in_a_fresh_interpreter(remote) == bits
 
 
