@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 import yaml
 from tiny_project import CATALOGUES, EXPERIMENT, ROOT, make_project, write_experiment
 
-from prunelib.errors import InputError
+from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import closure
 from prunelib.selection import Target
@@ -247,6 +248,23 @@ def test_selection_settings_share_scores(project: Path) -> None:
     a, b = by_method["element1"], by_method["element1_global"]
     assert a.key != b.key
     assert a.inputs["scores"].key == b.inputs["scores"].key
+    # One result has one place, or one of its users would wait for it in vain.
+    assert a.inputs["scores"].directory == b.inputs["scores"].directory
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "config/experiments").glob("*.yaml")))
+def test_every_result_has_one_place(path: Path) -> None:
+    nodes = keys(Experiment.load(path, ROOT / "config"))
+    assert nodes
+
+
+def test_two_places_of_one_result_are_refused(project: Path) -> None:
+    cells = load().cells
+    node = next(cell.steps["prune"] for cell in cells if "prune" in cell.steps)
+    twin = replace(node, labels=("elsewhere",))
+    assert twin.key == node.key
+    with pytest.raises(PrunelibError, match=f"prune of elsewhere .* the key {node.key}"):
+        closure([node, twin])
 
 
 def test_one_pass_serves_all_on_request(project: Path) -> None:

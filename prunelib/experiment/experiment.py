@@ -350,15 +350,16 @@ class Experiment:
     def _seeded(self, method: Method) -> bool:
         return bool(method.statistics) or method.seeded
 
+    def _scored_with(self, variant: str) -> dict[str, Any]:
+        """Return the hyper-parameters of a variant that its scores depend on."""
+        given = self.catalogues["methods"][variant].get("parameters", {})
+        return {key: value for key, value in given.items() if key not in _SELECTION_FIELDS}
+
     @cache  # noqa: B019
     def _scores(self, model: str, variant: str, seed: int, previous: Node | None = None) -> Node:
         entry = self.catalogues["methods"][variant]
         method = self.methods[variant]
-        parameters = {
-            key: value
-            for key, value in entry.get("parameters", {}).items()
-            if key not in _SELECTION_FIELDS
-        }
+        parameters = self._scored_with(variant)
         params = {
             "method": entry["method"],
             "parameters": parameters,
@@ -371,7 +372,13 @@ class Experiment:
             inputs[name] = self._statistics(model, self._merged[name], options, seed, previous)
         after, more = _after(previous)
         inputs |= more
-        labels = (model, variant, *((f"seed{seed}",) if self._seeded(method) else ()), *after)
+        # Variants that share scores share their place, too: the first one's in the catalogue.
+        first = next(
+            name
+            for name, other in self.catalogues["methods"].items()
+            if other["method"] == entry["method"] and self._scored_with(name) == parameters
+        )
+        labels = (model, first, *((f"seed{seed}",) if self._seeded(method) else ()), *after)
         modules = (method_module(entry["method"]), self._family(model))
         return Node("scores", labels, params, inputs, modules)
 

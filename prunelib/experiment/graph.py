@@ -9,6 +9,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from prunelib.errors import PrunelibError
 from prunelib.provenance import artefact
 from prunelib.provenance.step import StepRequest, planned_key
 
@@ -107,7 +108,11 @@ class Node:
 
 
 def closure(nodes: Iterable[Node]) -> dict[str, Node]:
-    """Return all nodes that ``nodes`` need, themselves included, by key."""
+    """Return all nodes that ``nodes`` need, themselves included, by key.
+
+    Raises:
+        PrunelibError: two places are planned for one result, of which one would stay empty.
+    """
     found: dict[str, Node] = {}
     waiting = list(nodes)
     while waiting:
@@ -115,6 +120,8 @@ def closure(nodes: Iterable[Node]) -> dict[str, Node]:
         if node.key not in found:
             found[node.key] = node
             waiting.extend(node.inputs.values())
+        elif node.labels != found[node.key].labels:
+            raise PrunelibError(f"{node.name} and {found[node.key].name} have the key {node.key}")
     return found
 
 
