@@ -377,7 +377,7 @@ def test_training_equals_a_plain_loop_without_padding(tmp_path):
     # 20 examples in batches of 6 are 4 steps an epoch.
     schedule = get_linear_schedule_with_warmup(optimiser, 1, 16)
     expected, validated, kept = [], {}, {}
-    tokens = 0
+    tokens = positions = 0
     for step in range(16):
         picked = [data[i] for i in lora.batch_indices(step, 20, recipe, 3)]
         loss = mean_loss(model, picked)
@@ -388,6 +388,9 @@ def test_training_equals_a_plain_loop_without_padding(tmp_path):
         schedule.step()
         expected.append(loss.item())
         tokens += sum(len(sequence) for sequence, _ in picked)
+        for row in (0, 3):
+            lengths = [len(sequence) for sequence, _ in picked[row : row + 3]]
+            positions += len(lengths) * max(lengths, default=0)
         if step % 2:
             with torch.no_grad():
                 validated[step + 1] = mean_loss(model, validation).item()
@@ -397,6 +400,9 @@ def test_training_equals_a_plain_loop_without_padding(tmp_path):
     found = {row["step"]: row["validation_loss"] for row in rows if "validation_loss" in row}
     assert found == pytest.approx(validated, rel=1e-5)
     assert rows[-1]["tokens"] == result.tokens == tokens
+    # Micro-batches are padded to their longest.
+    assert result.useful_share == tokens / positions < 1
+    assert json.loads(read(tmp_path)["meta.json"])["useful_share"] == result.useful_share
     best = min(validated, key=validated.__getitem__)
     # Else the last adapter would do, and the test could not fail.
     assert 2 < best < 16
@@ -406,6 +412,11 @@ def test_training_equals_a_plain_loop_without_padding(tmp_path):
         ours = stored[name.replace(".default", "")]
         torch.testing.assert_close(ours, parameter, rtol=1e-3, atol=1e-4)
         assert not torch.allclose(ours, kept[16][name], rtol=1e-3, atol=1e-4)
+
+
+def test_a_token_budget_needs_windows(tmp_path):
+    with pytest.raises(InputError, match="tokens is 100 with examples; allowed: null"):
+        train(tmp_path, replace(RECIPE, tokens=100))
 
 
 def test_padding_changes_nothing(tmp_path):
@@ -419,7 +430,8 @@ def test_padding_changes_nothing(tmp_path):
     # One example at a time is never padded.
     train(tmp_path / "alone", replace(recipe, micro_batch=1))
     for padded, alone in zip(losses(tmp_path / "padded"), losses(tmp_path / "alone"), strict=True):
-        assert padded == pytest.approx(alone, rel=1e-5)
+        assert alone["positions"] == alone["tokens"] < padded.pop("positions")
+        assert padded == pytest.approx({name: alone[name] for name in padded}, rel=1e-5)
 
 
 def test_the_artefact_is_the_best_adapter_and_says_so(trained):

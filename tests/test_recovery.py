@@ -99,6 +99,43 @@ def test_schedule_by_hand():
     assert rates == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
 
 
+@pytest.mark.parametrize("schedule", ["linear", "cosine"])
+def test_schedule_is_that_of_transformers(schedule):
+    from transformers import get_scheduler
+
+    parameter = torch.nn.Parameter(torch.zeros(1))
+    optimiser = torch.optim.SGD([parameter], lr=0.004)
+    theirs = get_scheduler(schedule, optimiser, num_warmup_steps=3, num_training_steps=11)
+    recipe = replace(RECIPE, lr=0.004, warmup_steps=3, schedule=schedule)
+    for step in range(11):
+        ours = lora.learning_rate(step, 11, recipe)
+        assert ours == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-12, abs=1e-15)
+        optimiser.step()
+        theirs.step()
+
+
+@pytest.mark.parametrize(
+    ("budget", "steps", "read"),
+    # 13 windows of 12 tokens, 4 to a step: an epoch's last step has 1.
+    [(1, 1, 48), (48, 1, 48), (49, 2, 96), (156, 4, 156), (157, 5, 204), (400, 10, 408)],
+)
+def test_a_token_budget_ends_with_the_step_that_reaches_it(budget, steps, read):
+    recipe = replace(RECIPE, tokens=budget)
+    assert lora.total_steps(13, recipe) == steps
+    sizes = [12 * len(lora.batch_indices(step, 13, recipe, 0)) for step in range(steps)]
+    assert sum(sizes) == read
+    assert sum(sizes[:-1]) < budget <= sum(sizes)
+
+
+def test_accumulation_does_not_change_the_step(tmp_path):
+    """Micro-batches of 1, 2 and 4 windows: one mean over the step's targets."""
+    for micro in (1, 2, 4):
+        run(tmp_path / str(micro), replace(RECIPE, micro_batch=micro, dropout=0.0, max_steps=3))
+    first, *others = [[row["loss"] for row in losses(tmp_path / str(n))] for n in (1, 2, 4)]
+    for other in others:
+        assert other == pytest.approx(first, rel=1e-5)
+
+
 def test_every_epoch_reads_every_window_once_in_another_order():
     epochs = [
         torch.cat([lora.batch_indices(4 * e + s, 13, RECIPE, seed=3) for s in range(4)]).tolist()
@@ -189,6 +226,7 @@ def test_artefact_names_no_absolute_path_and_no_pickle(trained):
         assert str(trained).encode() not in read(trained)[name]
     meta = json.loads(read(trained)["meta.json"])
     wanted = {"steps": 8, "tokens": 312, "seed": 3, "base": "abc", "trainable_parameters": 3712}
+    wanted |= {"useful_share": 1.0}
     assert {key: meta[key] for key in wanted} == wanted
     assert meta["last_loss"] == losses(trained)[-1]["loss"]
 
@@ -431,6 +469,9 @@ def test_non_finite_gradient_names_the_parameter(tmp_path, monkeypatch):
         ({"targets": "q_proj"}, "targets is 'q_proj'"),
         ({"betas": [0.9]}, "betas is (0.9,)"),
         ({"max_steps": 0}, "max_steps is 0"),
+        ({"tokens": 0}, "tokens is 0"),
+        ({"tokens": 10, "max_steps": 2}, "allowed: one of them"),
+        ({"schedule": "constant"}, "schedule is 'constant'; allowed: linear, cosine"),
         ({"length": 1}, "length is 1"),
     ],
 )

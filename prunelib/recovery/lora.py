@@ -43,6 +43,7 @@ logger = logging.getLogger(__name__)
 
 # What a recipe may name instead of a model family's own modules.
 ROLES = ("attention", "mlp")
+SCHEDULES = ("linear", "cosine")
 _LOG_SECONDS = 10.0
 
 
@@ -50,7 +51,8 @@ _LOG_SECONDS = 10.0
 class LoraRecipe:
     """Hyper-parameters of a LoRA recovery run; the defaults are LLM-Pruner's.
 
-    Fixed and not configurable: AdamW, a linear schedule, no biases trained.
+    Fixed and not configurable: AdamW, no biases trained. Gradients are accumulated over the
+    ``batch / micro_batch`` passes of an optimiser step.
 
     Attributes:
         r: rank of the adapters.
@@ -60,9 +62,12 @@ class LoraRecipe:
         lr: peak learning rate.
         batch: windows (or examples) per optimiser step.
         micro_batch: windows per forward and backward pass; divides ``batch``.
-        epochs: passes over the windows, where ``max_steps`` is None.
-        max_steps: optimiser steps; None means ``epochs`` passes.
+        epochs: passes over the windows, where neither ``max_steps`` nor ``tokens`` is given.
+        max_steps: optimiser steps.
+        tokens: token budget of windows of plain text: the run ends with the first step that reaches
+            it; at most one of ``max_steps`` and ``tokens`` is given.
         warmup_steps: the rate rises linearly over these (step 0 has rate 0, as in the Trainer).
+        schedule: how the rate falls to 0 after the warm-up, linearly or along half a cosine.
         betas: AdamW's decay rates of the first and second moment.
         eps: AdamW's denominator term.
         weight_decay: AdamW's decoupled weight decay.
@@ -85,7 +90,9 @@ class LoraRecipe:
     micro_batch: int = 4
     epochs: int = 2
     max_steps: int | None = None
+    tokens: int | None = None
     warmup_steps: int = 100
+    schedule: str = "linear"
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
@@ -99,7 +106,7 @@ class LoraRecipe:
             _check(name, getattr(self, name), int, lambda value: value >= 1, "an integer >= 1")
         _check("length", self.length, int, lambda value: value >= 2, "an integer >= 2")
         _check("warmup_steps", self.warmup_steps, int, lambda value: value >= 0, "an integer >= 0")
-        for name in ("max_steps", "eval_every"):
+        for name in ("max_steps", "tokens", "eval_every"):
             if (steps := getattr(self, name)) is not None:
                 _check(name, steps, int, lambda value: value >= 1, "an integer >= 1 or null")
         for name in ("lr", "eps", "clip_norm"):
@@ -107,6 +114,15 @@ class LoraRecipe:
         decay = self.weight_decay
         _check("weight_decay", decay, float, lambda value: value >= 0, "a number >= 0")
         _check("dropout", self.dropout, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
+        if self.schedule not in SCHEDULES:
+            raise InputError(
+                f"recovery recipe: schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}"
+            )
+        if self.max_steps is not None and self.tokens is not None:
+            raise InputError(
+                f"recovery recipe: max_steps is {self.max_steps} and tokens is {self.tokens}; "
+                "allowed: one of them"
+            )
         if not isinstance(self.betas, tuple) or len(self.betas) != 2:
             raise InputError(f"recovery recipe: betas is {self.betas!r}; allowed: two numbers")
         for beta in self.betas:
@@ -180,6 +196,7 @@ class RecoveryResult:
     Attributes:
         steps: optimiser steps of the whole run.
         tokens: tokens read in the whole run, without padding.
+        useful_share: share of tokens, not padding, in the positions computed.
         trainable_parameters: parameters of the adapters.
         first_loss: mean negative log-likelihood of the first step, in nats per token.
         last_loss: the same of the last step.
@@ -193,6 +210,7 @@ class RecoveryResult:
 
     steps: int
     tokens: int
+    useful_share: float
     trainable_parameters: int
     first_loss: float
     last_loss: float
@@ -209,15 +227,22 @@ def steps_per_epoch(count: int, recipe: LoraRecipe) -> int:
 
 
 def total_steps(count: int, recipe: LoraRecipe) -> int:
-    """Return the optimiser steps of a run over ``count`` items."""
-    return recipe.max_steps or recipe.epochs * steps_per_epoch(count, recipe)
+    """Return the optimiser steps of a run over ``count`` items (windows, for a token budget)."""
+    if recipe.tokens is None:
+        return recipe.max_steps or recipe.epochs * steps_per_epoch(count, recipe)
+    # The last step of an epoch is smaller.
+    epochs, rest = divmod(math.ceil(recipe.tokens / recipe.length), count)
+    return epochs * steps_per_epoch(count, recipe) + math.ceil(rest / recipe.batch)
 
 
 def learning_rate(step: int, steps: int, recipe: LoraRecipe) -> float:
-    """Return the rate of 0-based ``step`` out of ``steps``: linear warm-up, then linear to 0."""
+    """Return the rate of 0-based ``step`` out of ``steps``: linear warm-up, then down to 0."""
     if step < recipe.warmup_steps:
         return recipe.lr * step / recipe.warmup_steps
-    return recipe.lr * max(0, steps - step) / max(1, steps - recipe.warmup_steps)
+    left, span = max(0, steps - step), max(1, steps - recipe.warmup_steps)
+    if recipe.schedule == "cosine":
+        return recipe.lr * (1 - math.cos(math.pi * left / span)) / 2
+    return recipe.lr * left / span
 
 
 def batch_indices(step: int, count: int, recipe: LoraRecipe, seed: int) -> torch.Tensor:
@@ -252,7 +277,8 @@ def recover(
 
     Written: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft's format),
     ``loss.jsonl`` (per optimiser step: step from 1, mean loss in nats per target, learning rate,
-    tokens read so far, and the validation loss where it was taken) and ``meta.json``. With
+    tokens read and positions computed so far, which padding is part of, and the validation loss
+    where it was taken) and ``meta.json``. With
     validation the adapter is the best one, the earliest of equals. The same inputs give the same
     bytes on a CPU, whether or not the run was interrupted.
 
@@ -293,6 +319,11 @@ def recover(
     parts = [data, *([validation] if validation is not None else [])]
     for part in parts:
         part.check(recipe.length, model.config.get_text_config().vocab_size)
+    if recipe.tokens is not None and data.kind != PackedWindows.kind:
+        raise InputError(
+            f"recovery recipe: tokens is {recipe.tokens} with {data.kind}; allowed: null, "
+            "since only windows of plain text have a fixed number of tokens"
+        )
     steps = total_steps(len(data), recipe)
     if recipe.warmup_steps >= steps:
         logger.warning(
@@ -307,7 +338,7 @@ def recover(
         identity = _identity(model, parts, recipe, seed, place, dtype)
         adapted = _with_adapters(model, recipe)
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        _check_head(model, next(data.batches(torch.zeros(1, dtype=torch.int64), 1)))
+        _check_head(model)
         optimiser = torch.optim.AdamW(
             trainable.values(),
             lr=recipe.lr,
@@ -333,8 +364,14 @@ def recover(
             for group in optimiser.param_groups:
                 group["lr"] = rate
             loss = _step(model, trainable, optimiser, batches, recipe, place, step + 1, kept)
-            tokens = sum(b.tokens for b in batches) + (losses[-1]["tokens"] if losses else 0)
-            row = {"step": step + 1, "loss": loss, "lr": rate, "tokens": tokens}
+            before = losses[-1] if losses else {"tokens": 0, "positions": 0}
+            row = {
+                "step": step + 1,
+                "loss": loss,
+                "lr": rate,
+                "tokens": before["tokens"] + sum(batch.tokens for batch in batches),
+                "positions": before["positions"] + sum(batch.ids.numel() for batch in batches),
+            }
             if validation is not None and _validates(step + 1, steps, recipe):
                 value = _validation_loss(model, validation, recipe, place)
                 if not math.isfinite(value):
@@ -502,12 +539,12 @@ def _autocast(model: PreTrainedModel, device: torch.device) -> Any:
     return torch.autocast("cuda", torch.bfloat16, enabled=weights.dtype == torch.bfloat16)
 
 
-def _check_head(model: PreTrainedModel, batch: Batch) -> None:
+def _check_head(model: PreTrainedModel) -> None:
     """Refuse a model whose logits are more than its output layer (soft caps, scales)."""
     import torch
 
     inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
-    ids = batch.ids[:1, :8].to(inputs.device)
+    ids = torch.arange(min(8, len(inputs)), device=inputs.device)[None]
     model.eval()
     with torch.no_grad():
         logits = model(input_ids=ids, use_cache=False).logits
@@ -655,6 +692,7 @@ def _result(
     return RecoveryResult(
         steps=len(losses),
         tokens=tokens,
+        useful_share=tokens / losses[-1]["positions"],
         trainable_parameters=parameters,
         first_loss=losses[0]["loss"],
         last_loss=losses[-1]["loss"],
@@ -713,6 +751,7 @@ def _write(
             "dtype": identity["dtype"],
             "steps": result.steps,
             "tokens": result.tokens,
+            "useful_share": result.useful_share,
             "trainable_parameters": result.trainable_parameters,
             "first_loss": result.first_loss,
             "last_loss": result.last_loss,
