@@ -176,6 +176,39 @@ def test_validation_and_instructions_belong_together(project: Path) -> None:
     assert moved.key != recovery.key
 
 
+STREAM = {"source": "dir:text/a.jsonl", "format": "jsonl", "stream": True, "licence": "CC0-1.0"}
+
+
+def test_streams_are_for_recovery_and_have_no_epochs(project: Path) -> None:
+    edit("texts", lambda e: e.update(endless=STREAM))
+    recipe = CATALOGUES["recovery"]["lora"]["recipe"]
+
+    def recovers(**changes: object) -> None:
+        entry = {"text": "endless", "recipe": recipe | changes}
+        edit("recovery", lambda e: e["lora"].update(entry))
+
+    recovers()
+    node = next(c.steps["recovery"] for c in load().cells if "recovery" in c.steps)
+    assert node.inputs["text"].params["stream"] is True
+    assert "datasets" in node.packages
+    recovers(max_steps=None)
+    with pytest.raises(InputError, match=r"recovery.yaml: lora: text 'endless' .* has no epochs"):
+        load()
+    recovers(max_steps=None, tokens=1000)
+    load()
+    for wrong in ({"format": "wikipedia"}, {"split": {"recovery": 0.5, "evaluation": 0.5}}):
+        edit("texts", lambda e, wrong=wrong: e.update(endless=STREAM | wrong))
+        with pytest.raises(InputError, match="is a stream, which has no parts but recovery"):
+            load()
+    edit("texts", lambda e: e.update(endless=INSTRUCTIONS))
+    with pytest.raises(InputError, match="holds instructions; tokens is allowed for texts of"):
+        load()
+    edit("texts", lambda e: e.update(endless=STREAM))
+    edit("calibration", lambda e: e["small"].update(text="endless"))
+    with pytest.raises(InputError, match=r"calibration.yaml: text 'endless' is a stream"):
+        load()
+
+
 @pytest.mark.parametrize(
     ("catalogue", "change"),
     [

@@ -20,6 +20,7 @@ from torch.nn import functional as F
 
 from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.recovery import adapters, lora
+from prunelib.recovery import data as data_module
 from prunelib.recovery import state as state_module
 from prunelib.recovery.lora import LoraRecipe, parse_recipe, recover
 from prunelib.recovery.loss import frozen_head_loss
@@ -44,6 +45,33 @@ def tiny(seed: int = 0, **geometry):
 
 def tokens(n: int = 13, length: int = 12) -> torch.Tensor:
     return torch.randint(0, 67, (n, length), generator=torch.Generator().manual_seed(7))
+
+
+def streamed(path: Path):
+    """A stream of documents in two files below ``path``, written if they are not there."""
+    from conftest import tiny_tokenizer
+
+    from prunelib.data.stream import FileDocuments
+    from prunelib.recovery.data import StreamedWindows
+
+    files = [path / "stream-0.jsonl", path / "stream-1.jsonl"]
+    for number, file in enumerate(files):
+        if not file.is_file():
+            path.mkdir(parents=True, exist_ok=True)
+            texts = [f"{number} {index}! " * (index % 5 + 1) for index in range(12)]
+            file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return StreamedWindows(FileDocuments(files, "text"), tiny_tokenizer(), 12)
+
+
+# Four passes forward and back to a step, along a cosine, into the second pass through the stream.
+STREAMED = LoraRecipe(
+    r=4, alpha=8, lr=0.01, batch=4, micro_batch=1, tokens=9 * 48, schedule="cosine",
+    warmup_steps=2, length=12, save_every=2,
+)  # fmt: skip
+
+
+def run_streamed(path: Path):
+    return run(path, STREAMED, tiny(vocab_size=97), streamed(path))
 
 
 def run(path: Path, recipe: LoraRecipe = RECIPE, model=None, windows=None, **changes):
@@ -266,6 +294,9 @@ KILLS = {
 }
 
 
+STREAM_KILLS = ("before the first state", "after the second state", "between tensors and index")
+
+
 def _kill_at(name: str, call: int, when: str, number: int) -> None:
     """Replace a function of the state module by one that sends this process a signal."""
     original, calls = getattr(state_module, name), []
@@ -313,6 +344,19 @@ def _interrupted(root: Path) -> None:
         print(name, _in_child(work), sep="\t")
         assert _in_child(lambda path=path: run(path)) == 0
 
+    # Few documents at a time, so that most of a step's are still in the stream.
+    data_module._CHUNK = 2
+    run_streamed(root / "unbroken stream")
+    for name in STREAM_KILLS:
+        path = root / f"stream {name}"
+
+        def work(path=path, kill=KILLS[name]):
+            _kill_at(*kill, signal.SIGKILL)
+            run_streamed(path)
+
+        print(path.name, _in_child(work), sep="\t")
+        assert _in_child(lambda path=path: run_streamed(path)) == 0
+
     def terminated():
         original = lora._step
 
@@ -342,6 +386,10 @@ def test_killed_and_resumed_runs_end_with_the_same_bytes(trained, tmp_path):
     assert int(told["terminated"]) == signal.SIGTERM
     assert told["saved on termination"] == "['step-00000003']"
     expected = read(tmp_path / "unbroken")
+    for name in STREAM_KILLS:
+        assert int(told[f"stream {name}"]) == signal.SIGKILL
+        assert read(tmp_path / f"stream {name}") == read(tmp_path / "unbroken stream"), name
+    assert json.loads(read(tmp_path / "unbroken stream")["meta.json"])["stream_passes"] == 1
     for name in (*KILLS, "terminated"):
         assert read(tmp_path / name) == expected, name
         assert [p.name for p in (tmp_path / name / "state").iterdir()] == ["step-00000008"]

@@ -117,6 +117,25 @@ def test_work_of_instruction_recovery_by_hand(cluster: Cluster) -> None:
     assert seconds(eval_every=100) - seconds() == pytest.approx(16 * 2000 * flops / rate)
 
 
+def test_work_of_streamed_recovery_by_hand(cluster: Cluster) -> None:
+    """What is held and computed follows from the budget; the text's size is nobody's business."""
+    node = find("recover", "llama-7b", LLAMA, "recovery_only")
+    text = {"name": "endless", "format": "jsonl", "stream": True, "source": "hf:a/b@unpinned"}
+
+    def asked(tokens: int, batch: int = 64) -> Any:
+        recipe = {"tokens": tokens, "batch": batch}
+        source = replace(node.inputs["text"], params=text)
+        inputs = {**node.inputs, "text": source}
+        changed = replace(node, params={**node.params, "recipe": recipe}, inputs=inputs)
+        return request(changed, cluster)
+
+    flops = 2.5 * 2 * (6_738_415_616 - 32_000 * 4096) / (989e12 * cluster.utilisation.gpu)
+    more = 10**9 // (64 * 256) * 64 * 256
+    per_token = flops + 1e-5
+    assert asked(2 * more).seconds - asked(more).seconds == pytest.approx(more * per_token)
+    assert asked(2 * more).mem_mb == asked(more).mem_mb < asked(more, 64 * 64).mem_mb
+
+
 @pytest.mark.parametrize(
     ("name", "cache_bytes", "adapter", "scores"),
     [

@@ -1,5 +1,7 @@
 """Fetch a text, strip its markup and split it into disjoint parts: articles, or instructions.
 
+A text that is streamed is not fetched: its artefact says where it is and what its files hold.
+
 Parameters: a text's catalogue entry with its ``name``.
 """
 
@@ -8,6 +10,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+from prunelib.data import stream
 from prunelib.data.instructions import (
     Instruction,
     parse_records,
@@ -86,13 +89,27 @@ def read_instructions(params: dict[str, Any], step: str) -> Iterable[Instruction
     return parse_records(rows, str(source), field)
 
 
+def describe_stream(params: dict[str, Any], step: str) -> dict[str, Any]:
+    """Return the description of a streamed text, which has been read once at its beginning."""
+    source, path = _source(params, step, "dataset")
+    description = stream.describe(source, path, params)
+    if stream.open_documents(description).read() is None:
+        raise InputError(f"{source}: the stream holds no document")
+    return description
+
+
 def main(request: StepRequest, out: Path) -> None:
-    """Read, clean, split; write ``articles.jsonl`` or ``instructions.jsonl``, and ``meta.json``."""
+    """Read, clean, split; write articles, instructions or a stream's place, and ``meta.json``."""
     params = request.params
     name = required(params, "name", str, request.step)
-    seed = required(params, "seed", int, request.step)
     counts: dict[str, Any]
-    if params.get("format") == "alpaca":
+    if params.get("stream"):
+        counts = {"stream": True}
+        description = describe_stream(params, request.step)
+        text = json.dumps(description, indent=2) + "\n"
+        (out / stream.FILE).write_text(text, encoding="utf-8")
+    elif params.get("format") == "alpaca":
+        seed = required(params, "seed", int, request.step)
         where = f"text {name}: validation"
         validation = params.get("validation")
         if isinstance(validation, bool) or not isinstance(validation, int | float):
@@ -100,6 +117,7 @@ def main(request: StepRequest, out: Path) -> None:
         records = read_instructions(params, request.step)
         counts = write_records(out, split_records(records, validation, seed, where))
     else:
+        seed = required(params, "seed", int, request.step)
         fractions = required(params, "split", dict, request.step)
         check_fractions(fractions, f"text {name}: split")
         articles = collect(

@@ -389,6 +389,10 @@ def _fetch_model(case: _Case) -> Work:
 
 def _fetch_text(case: _Case) -> Work:
     size = case.cluster.tokens_of(case.param("name")) * CHARACTERS_PER_TOKEN
+    if case.node.params.get("stream"):
+        # Local files are hashed; of a hub data set one row is read.
+        local = not str(case.param("source")).startswith("hf:")
+        return Work(host_seconds=60 + local * size / GB / case.cluster.host.hash_gbs)
     return Work(host=(Term("the articles, twice", 2 * size),), host_seconds=60, disk=size)
 
 
@@ -618,9 +622,12 @@ def _recover(case: _Case) -> Work:
     )
     if not case.on_gpu:
         device += (Term("holes in the heap", HEAP_SHARE * graphs),)
-    text = case.text_tokens("recovery")
+    streamed = bool(case.node.inputs["text"].params.get("stream"))
+    # Of a stream no more is held than one step reads.
+    text = recipe.batch * recipe.length if streamed else case.text_tokens("recovery")
     records, validated = case.records()
-    steps = total_steps(records or max(text // recipe.length, 1), recipe)
+    count = None if streamed else records or max(text // recipe.length, 1)
+    steps = total_steps(count, recipe)
     tokens = steps * recipe.batch * recipe.length
     looks = math.ceil(steps / recipe.eval_every) if recipe.eval_every else 0
     forwards = RECOVERY_FORWARDS * tokens + looks * validated * recipe.length
@@ -628,7 +635,7 @@ def _recover(case: _Case) -> Work:
         device,
         (*host, _tokenised(text, INSTRUCTION_TOKEN_BYTES if records else TOKEN_BYTES)),
         flops=forwards * model.flops(kept),
-        host_seconds=seconds + text / 1e5,
+        host_seconds=seconds + (steps if streamed else 1) * text / 1e5,
         disk=adapter * 4 + SMALL_BYTES,
     )
 

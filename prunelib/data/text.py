@@ -260,9 +260,16 @@ def read_plain(path: Path) -> Iterator[Article]:
 
 
 def load_rows(
-    name: str, *, revision: str | None = None, config: str | None = None, split: str = "train"
+    name: str,
+    *,
+    revision: str | None = None,
+    config: str | None = None,
+    split: str = "train",
+    streaming: bool = False,
 ) -> Any:
     """Return a dataset's rows, of the Hugging Face hub or of a local directory in its layout.
+
+    With ``streaming`` nothing is downloaded beforehand, and rows can only be read in order.
 
     Raises:
         InputError: the dataset, its config or split is not there.
@@ -270,7 +277,9 @@ def load_rows(
     import datasets
 
     try:
-        return datasets.load_dataset(name, config, split=split, revision=revision)
+        return datasets.load_dataset(
+            name, config, split=split, revision=revision, streaming=streaming
+        )
     except Exception as error:  # the library raises a dozen kinds, from five packages
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise InputError(

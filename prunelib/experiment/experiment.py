@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelib.data.sources import parse_source, require_pinned
+from prunelib.data.stream import FORMATS as STREAM_FORMATS
 from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.graph import Node
 from prunelib.experiment.schema import (
@@ -159,7 +160,10 @@ class Experiment:
         self._check_texts()
 
     def _check_texts(self) -> None:
-        """Refuse a text of instructions where articles are read, and validation without any."""
+        """Refuse a text of instructions or a stream where articles are read, and what lacks parts.
+
+        Validation needs instructions; epochs need a text with an end, token budgets one of windows.
+        """
         texts = self.catalogues["texts"]
 
         def instructions(name: str, where: str) -> bool:
@@ -179,6 +183,11 @@ class Experiment:
                     f"{self.config / where}: text {name!r} holds instructions; "
                     "allowed: a text of articles"
                 )
+            if texts[name].get("stream"):
+                raise InputError(
+                    f"{self.config / where}: text {name!r} is a stream; allowed: a text that is "
+                    "fetched, and streams for recovery alone"
+                )
         for recovery in self.data["recovery"]:
             entry = self.catalogues["recovery"][recovery]
             wanted = entry["recipe"].get("eval_every") is not None
@@ -188,6 +197,29 @@ class Experiment:
                     f"part, which text {entry['text']!r} of articles has not; "
                     "allowed: a text of the format alpaca"
                 )
+            self._check_length(recovery)
+
+    def _check_length(self, recovery: str) -> None:
+        """Refuse a recovery whose text and recipe do not agree on how long it is."""
+        entry = self.catalogues["recovery"][recovery]
+        text, recipe = self.catalogues["texts"][entry["text"]], entry["recipe"]
+        where = f"{self.config / 'recovery.yaml'}: {recovery}: text {entry['text']!r}"
+        budget = recipe.get("tokens")
+        if text.get("stream"):
+            if text["format"] not in STREAM_FORMATS or set(text.get("split", {})) - {"recovery"}:
+                raise InputError(
+                    f"{where} is a stream, which has no parts but recovery and one of the formats "
+                    f"{', '.join(STREAM_FORMATS)}"
+                )
+            if budget is None and recipe.get("max_steps") is None:
+                raise InputError(
+                    f"{where} is a stream, which has no epochs; allowed: a recipe with tokens or "
+                    "max_steps"
+                )
+        elif budget is not None and text["format"] == "alpaca":
+            raise InputError(
+                f"{where} holds instructions; tokens is allowed for texts of articles and streams"
+            )
 
     @cached_property
     def methods(self) -> dict[str, Method]:

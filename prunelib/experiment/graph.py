@@ -60,8 +60,10 @@ class Node:
     @cached_property
     def packages(self) -> tuple[str, ...]:
         """Distributions in the key."""
-        extra = ("peft",) if "adapter" in self.inputs else ()
-        return tuple(sorted({*PACKAGES[self.step], *extra}))
+        extra = {"peft"} if "adapter" in self.inputs else set()
+        if self.step == "recover" and self.inputs["text"].params.get("stream"):
+            extra.add("datasets")
+        return tuple(sorted(extra | {*PACKAGES[self.step]}))
 
     @cached_property
     def entry(self) -> tuple[str, ...]:

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from prunelib.families.base import Config
-    from prunelib.recovery.data import Batch, TrainingData
+    from prunelib.recovery.data import Batch, Items, TrainingData
 
 logger = logging.getLogger(__name__)
 
@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 ROLES = ("attention", "mlp")
 SCHEDULES = ("linear", "cosine")
 _LOG_SECONDS = 10.0
+# A state's name of a stream's tokens that are in no window yet.
+_WAITING = "stream.waiting"
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,27 @@ def steps_per_epoch(count: int, recipe: LoraRecipe) -> int:
     return math.ceil(count / recipe.batch)
 
 
-def total_steps(count: int, recipe: LoraRecipe) -> int:
-    """Return the optimiser steps of a run over ``count`` items (windows, for a token budget)."""
+def total_steps(count: int | None, recipe: LoraRecipe) -> int:
+    """Return the optimiser steps of a run over ``count`` items (windows, for a token budget).
+
+    Args:
+        count: None for a stream, which has no end that one could count on.
+        recipe: the recipe.
+
+    Raises:
+        InputError: the recipe counts the epochs of a stream.
+    """
+    if recipe.max_steps is not None:
+        return recipe.max_steps
+    if count is None:
+        if recipe.tokens is None:
+            raise InputError(
+                "recovery recipe: neither tokens nor max_steps is given, and a streamed text has "
+                "no epochs; allowed: one of the two"
+            )
+        return math.ceil(recipe.tokens / (recipe.batch * recipe.length))
     if recipe.tokens is None:
-        return recipe.max_steps or recipe.epochs * steps_per_epoch(count, recipe)
+        return recipe.epochs * steps_per_epoch(count, recipe)
     # The last step of an epoch is smaller.
     epochs, rest = divmod(math.ceil(recipe.tokens / recipe.length), count)
     return epochs * steps_per_epoch(count, recipe) + math.ceil(rest / recipe.batch)
@@ -271,7 +290,7 @@ def recover(
     device: str,
     dtype: str,
     base: str,
-    validation: TrainingData | None = None,
+    validation: Items | None = None,
 ) -> RecoveryResult:
     """Train LoRA adapters of ``model`` on ``data`` and write them to ``out`` (Hu et al. 2021).
 
@@ -303,7 +322,7 @@ def recover(
     import torch
 
     from prunelib.device import resolve_device, resolve_dtype
-    from prunelib.recovery.data import PackedWindows
+    from prunelib.recovery.data import Examples, PackedWindows, StreamedWindows
 
     if isinstance(data, torch.Tensor):
         data = PackedWindows(data)
@@ -319,12 +338,13 @@ def recover(
     parts = [data, *([validation] if validation is not None else [])]
     for part in parts:
         part.check(recipe.length, model.config.get_text_config().vocab_size)
-    if recipe.tokens is not None and data.kind != PackedWindows.kind:
+    if recipe.tokens is not None and isinstance(data, Examples):
         raise InputError(
             f"recovery recipe: tokens is {recipe.tokens} with {data.kind}; allowed: null, "
             "since only windows of plain text have a fixed number of tokens"
         )
-    steps = total_steps(len(data), recipe)
+    steps = total_steps(data.count, recipe)
+    streamed = data if isinstance(data, StreamedWindows) else None
     if recipe.warmup_steps >= steps:
         logger.warning(
             "warm-up of %d steps in a run of %d: the rate never reaches its peak",
@@ -352,6 +372,8 @@ def recover(
         if resumed is not None:
             best = _restore(resumed, trainable, optimiser)
             losses = list(resumed.losses)
+            if streamed is not None:
+                streamed.seek(resumed.place or {}, resumed.tensors[_WAITING])
             logger.info("resumed after step %d of %d from %s", resumed.step, steps, state)
         start, begun = len(losses), time.monotonic()
         last_log, saved = begun, start
@@ -359,7 +381,7 @@ def recover(
         for step in range(start, steps):
             kept = f"state of step {saved} kept in {state}" if saved else "no state was saved yet"
             rate = learning_rate(step, steps, recipe)
-            picked = batch_indices(step, len(data), recipe, seed)
+            picked = data.pick(step, recipe, seed)
             batches = list(data.batches(picked, recipe.micro_batch))
             for group in optimiser.param_groups:
                 group["lr"] = rate
@@ -385,7 +407,11 @@ def recover(
                 row["validation_loss"] = value
             losses.append(row)
             if (step + 1) % recipe.save_every == 0 or step + 1 == steps or terminated:
-                _save(state, step + 1, trainable, optimiser, losses, identity, gpus, best)
+                tensors = _tensors(trainable, optimiser, gpus, best)
+                if streamed is not None:
+                    tensors[_WAITING] = streamed.waiting
+                read = streamed.place if streamed else None
+                save_state(state, TrainingState(step + 1, tensors, losses, read), identity)
                 saved = step + 1
             if terminated and step + 1 < steps:
                 logger.warning("terminated; state of step %d of %d is saved", saved, steps)
@@ -600,7 +626,7 @@ def _step(
 
 
 def _validation_loss(
-    model: PreTrainedModel, data: TrainingData, recipe: LoraRecipe, device: torch.device
+    model: PreTrainedModel, data: Items, recipe: LoraRecipe, device: torch.device
 ) -> float:
     """Return the mean negative log-likelihood of the validation part, in nats per target."""
     import torch
@@ -619,16 +645,13 @@ def _validation_loss(
     return total / targets
 
 
-def _save(
-    directory: Path,
-    step: int,
+def _tensors(
     trainable: Mapping[str, torch.nn.Parameter],
     optimiser: torch.optim.Optimizer,
-    losses: Sequence[Mapping[str, Any]],
-    identity: Mapping[str, Any],
     gpus: Sequence[int],
     best: Mapping[str, torch.Tensor],
-) -> None:
+) -> dict[str, torch.Tensor]:
+    """Return the tensors of a state: generators, parameters, moments, the best so far."""
     import torch
 
     tensors = {"rng.cpu": torch.get_rng_state()}
@@ -638,8 +661,7 @@ def _save(
         tensors[f"parameter.{name}"] = parameter.detach().cpu()
         for key in ("exp_avg", "exp_avg_sq"):
             tensors[f"{key}.{name}"] = optimiser.state[parameter][key].detach().cpu()
-    tensors |= {f"best.{name}": parameter.cpu() for name, parameter in best.items()}
-    save_state(directory, TrainingState(step, tensors, losses), identity)
+    return tensors | {f"best.{name}": parameter.cpu() for name, parameter in best.items()}
 
 
 def _restore(

@@ -1,9 +1,10 @@
 """The state of an unfinished recovery run: written atomically, verified before it is used.
 
 A state is a directory ``step-00000004`` with ``state.safetensors`` (adapter parameters, Adam's
-moments, random generators), ``loss.jsonl`` and ``state.json`` (what run it belongs to, the step,
-and the sha256 of the other two). It appears under its name by one rename of a complete directory,
-so a reader finds all of it or nothing. Nothing in it is executable.
+moments, random generators), ``loss.jsonl``, ``place.json`` where the data is a stream, and
+``state.json`` (what run it belongs to, the step, and the sha256 of the others). It appears under
+its name by one rename of a complete directory, so a reader finds all of it or nothing. Nothing in
+it is executable.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 TENSORS = "state.safetensors"
 LOSSES = "loss.jsonl"
+PLACE = "place.json"
 INDEX = "state.json"
 _NAME = re.compile(r"step-(\d{8})")
 
@@ -34,12 +36,14 @@ _NAME = re.compile(r"step-(\d{8})")
 class TrainingState:
     """What a run needs to go on after ``step`` finished optimiser steps.
 
-    ``step`` is also the position of the schedule and of the data order, which are functions of it.
+    ``step`` is also the position of the schedule and of the data order, which are functions of it,
+    except in a stream: ``place`` is JSON that says where its next token is read.
     """
 
     step: int
     tensors: Mapping[str, torch.Tensor]
     losses: Sequence[Mapping[str, Any]]
+    place: Mapping[str, Any] | None = None
 
 
 def jsonl(rows: Sequence[Mapping[str, Any]]) -> str:
@@ -66,7 +70,7 @@ def save_state(directory: Path, state: TrainingState, identity: Mapping[str, Any
 
     Args:
         directory: holds the states of one run; made if it is missing.
-        state: step, tensors and loss log.
+        state: step, tensors, loss log and place.
         identity: what the run is (recipe, seed, data, model); compared on loading.
     """
     from safetensors.torch import save_file
@@ -78,10 +82,14 @@ def save_state(directory: Path, state: TrainingState, identity: Mapping[str, Any
     temporary.mkdir()
     save_file({name: t.contiguous() for name, t in state.tensors.items()}, temporary / TENSORS)
     (temporary / LOSSES).write_text(jsonl(state.losses), encoding="utf-8")
+    names = [TENSORS, LOSSES]
+    if state.place is not None:
+        (temporary / PLACE).write_text(json.dumps(state.place) + "\n", encoding="utf-8")
+        names.append(PLACE)
     index = {
         "identity": dict(identity),
         "step": state.step,
-        "sha256": {name: _sha256(temporary / name) for name in (TENSORS, LOSSES)},
+        "sha256": {name: _sha256(temporary / name) for name in names},
     }
     (temporary / INDEX).write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
     for path in (*temporary.iterdir(), temporary):
@@ -123,7 +131,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> TrainingState:
     if found != wanted:
         keys = sorted(key for key in wanted | found if wanted.get(key) != found.get(key))
         raise ValueError(f"it belongs to another run (different: {', '.join(keys)})")
-    for name in (TENSORS, LOSSES):
+    for name in {TENSORS, LOSSES} | index["sha256"].keys():
         if _sha256(path / name) != index["sha256"][name]:
             raise ValueError(f"{name} does not have the sha256 that {INDEX} states")
     losses = [json.loads(line) for line in (path / LOSSES).read_text("utf-8").splitlines()]
@@ -133,4 +141,7 @@ def _read(path: Path, identity: Mapping[str, Any]) -> TrainingState:
         tensors = load_file(path / TENSORS)
     except SafetensorError as error:
         raise ValueError(f"{TENSORS} cannot be read: {error}") from error
-    return TrainingState(step=index["step"], tensors=tensors, losses=losses)
+    place = None
+    if PLACE in index["sha256"]:
+        place = json.loads((path / PLACE).read_text(encoding="utf-8"))
+    return TrainingState(step=index["step"], tensors=tensors, losses=losses, place=place)
