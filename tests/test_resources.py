@@ -117,6 +117,30 @@ def test_work_of_instruction_recovery_by_hand(cluster: Cluster) -> None:
     assert seconds(eval_every=100) - seconds() == pytest.approx(16 * 2000 * flops / rate)
 
 
+def test_processes_of_recovery_have_a_gpu_each_and_share_the_products(cluster: Cluster) -> None:
+    node = find("recover", "llama-7b", LLAMA, "recovery_only")
+
+    def asked(processes: int, **params: Any) -> Any:
+        recipe = {"max_steps": 1000, "processes": processes}
+        return request(replace(node, params={**node.params, "recipe": recipe, **params}), cluster)
+
+    one, four = asked(1), asked(4)
+    assert (one.gpus, four.gpus) == (1, 4)
+    assert four.gpu_mem_mb == pytest.approx(4 * one.gpu_mem_mb, abs=4)
+    assert four.mem_mb == pytest.approx(4 * one.mem_mb, abs=4)
+    products = 1000 * 64 * 256 * 2.5 * 2 * (6_738_415_616 - 32_000 * 4096)
+    rate = 989e12 * cluster.utilisation.gpu
+    assert one.seconds - four.seconds == pytest.approx(0.75 * products / rate)
+    alone = asked(1, device="cpu", threads=4)
+    assert asked(2, device="cpu", threads=4).cpus == 2 * alone.cpus == 8
+    with pytest.raises(InputError, match=r"16 processes of \S+ GB, one per GPU; allowed: at most"):
+        asked(16)
+    largest = find("recover", "llama-2-70b", LLAMA, "recovery_only")
+    recipe = {**largest.params["recipe"], "processes": 2}
+    with pytest.raises(InputError, match=r"processes of \S+ GB, one per GPU"):
+        request(replace(largest, params={**largest.params, "recipe": recipe}), cluster)
+
+
 def test_work_of_streamed_recovery_by_hand(cluster: Cluster) -> None:
     """What is held and computed follows from the budget; the text's size is nobody's business."""
     node = find("recover", "llama-7b", LLAMA, "recovery_only")

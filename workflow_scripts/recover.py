@@ -1,16 +1,19 @@
 """Recover a pruned checkpoint by LoRA on the recovery part of a text: articles or instructions.
 
 Parameters: ``recipe``, ``seed``, ``device``, ``dtype``, ``threads``. Inputs: ``checkpoint`` and
-``text``. The output is an adapter; a killed run is continued from ``<output>.state``.
+``text``. The output is an adapter; a killed run is continued from ``<output>.state``. A recipe with
+several processes starts this script once more for each of the others.
 """
 
 import logging
 import os
+import sys
 from pathlib import Path
 
 from prunelib.data.parameters import required
 from prunelib.provenance.step import StepRequest, run_step, state_directory
 from prunelib.recovery.lora import parse_recipe, recover
+from prunelib.recovery.parallel import is_helper, run_helper, started
 
 logger = logging.getLogger(__name__)
 
@@ -34,22 +37,29 @@ def main(request: StepRequest, out: Path) -> None:
         recipe.length,
         validate=recipe.eval_every is not None,
     )
-    result = recover(
-        load_model(checkpoint, device=device, dtype=dtype),
-        data,
-        recipe,
-        seed=required(params, "seed", int, request.step),
-        state=state_directory(request),
-        out=out,
-        device=device,
-        dtype=dtype,
-        base=os.path.relpath(checkpoint, request.out),
-        validation=validation,
-    )
+    command = [sys.executable, "-P", __file__, "--request", request.to_json()]
+    with started(recipe.processes, device, command) as processes:
+        device = processes.device(device)
+        result = recover(
+            load_model(checkpoint, device=device, dtype=dtype),
+            data,
+            recipe,
+            seed=required(params, "seed", int, request.step),
+            state=state_directory(request),
+            out=out,
+            device=device,
+            dtype=dtype,
+            base=os.path.relpath(checkpoint, request.out),
+            validation=validation,
+            processes=processes,
+        )
     logger.info(
         "recovery: %d steps, loss %.4f to %.4f", result.steps, result.first_loss, result.last_loss
     )
 
 
 if __name__ == "__main__":
-    run_step(main)
+    if is_helper():
+        run_helper(main)
+    else:
+        run_step(main)

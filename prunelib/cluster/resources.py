@@ -276,6 +276,7 @@ class Work:
         moved: bytes that must pass through the device's memory beyond the products.
         host_seconds: reading, writing, hashing and plain loops on the host.
         disk: size of the artefact.
+        replicas: processes that hold all of it and share the products; on GPUs one for each.
     """
 
     device: tuple[Term, ...] = ()
@@ -284,6 +285,7 @@ class Work:
     moved: float = 0.0
     host_seconds: float = 0.0
     disk: float = SMALL_BYTES
+    replicas: int = 1
 
 
 @dataclass(frozen=True, eq=False)
@@ -637,6 +639,7 @@ def _recover(case: _Case) -> Work:
         flops=forwards * model.flops(kept),
         host_seconds=seconds + (steps if streamed else 1) * text / 1e5,
         disk=adapter * 4 + SMALL_BYTES,
+        replicas=recipe.processes,
     )
 
 
@@ -794,7 +797,7 @@ def _seconds(case: _Case, work: Work, cpus: int) -> float:
     else:
         rate, bandwidth = host.gflops_per_core * GB * cpus * share.cpu, host.memory_gbs
     moved = work.moved / (bandwidth * GB * share.bandwidth)
-    return host.startup_seconds + work.host_seconds + work.flops / rate + moved
+    return host.startup_seconds + work.host_seconds + work.flops / work.replicas / rate + moved
 
 
 def _sum(terms: tuple[Term, ...]) -> str:
@@ -821,6 +824,17 @@ def _gpus(case: _Case, need: float, growth: float, gpu_type: str) -> int:
     if index >= 0:
         return index + 1
     return min(math.ceil(need * growth / case.usable), most)
+
+
+def _gpus_of_replicas(case: _Case, need: float, replicas: int) -> int:
+    """Return the GPUs of data parallel processes; refuse more than a node has, or a split model."""
+    if need > case.usable or replicas > case.cluster.limits.gpus:
+        raise InputError(
+            f"{case.cluster.path}: {case.node.step} of {'/'.join(case.node.labels)} asks for "
+            f"{replicas} processes of {need / GB:.1f} GB, one per GPU; allowed: at most "
+            f"{case.cluster.limits.gpus} on one node, {case.usable / GB:.1f} GB usable each"
+        )
+    return replicas
 
 
 def request(node: Node, cluster: Cluster, attempt: int = 1, gpu_type: str | None = None) -> Request:
@@ -856,20 +870,22 @@ def _request(node: Node, cluster: Cluster, attempt: int, gpu_type: str) -> Reque
     case = _Case(node, cluster, cluster.gpus[gpu_type])
     rules, host, limits = cluster.steps[node.step], cluster.host, cluster.limits
     work = _STEPS[node.step](case)
-    cpus = max(rules.cpus, int(node.params.get("threads") or 1))
+    cpus = max(rules.cpus, work.replicas * int(node.params.get("threads") or 1))
     seconds = _seconds(case, work, int(node.params.get("threads") or 1))
     growth = rules.memory_growth ** (attempt - 1)
     base = (host.python_mb + host.snakemake_mb) * MIB
     gpus, gpu_need, where = 0, 0.0, ""
-    terms = work.host
+    terms, replicas = work.host, work.replicas
     if case.on_gpu:
         base += host.cuda_mb * MIB
         gpu_need = _need(work.device, rules.memory_factor)
         gpus = _gpus(case, gpu_need, growth, gpu_type)
+        if replicas > 1:
+            gpus, gpu_need = _gpus_of_replicas(case, gpu_need, replicas), gpu_need * replicas
         where = f"GPU memory {gpu_need / GB:.1f} GB: {_sum(work.device)}"
     else:
         terms = work.device + work.host
-    memory = (base + _need(terms, rules.memory_factor)) / MIB
+    memory = (base + _need(terms, rules.memory_factor)) * replicas / MIB
     if memory > limits.mem_mb:
         raise InputError(
             f"{cluster.path}: {node.step} of {'/'.join(node.labels)} needs "
@@ -891,5 +907,6 @@ def _request(node: Node, cluster: Cluster, attempt: int, gpu_type: str) -> Reque
         disk_mb=math.ceil(work.disk / MIB),
         seconds=seconds,
         explanation=f"{where}{what} {memory * MIB / GB:.1f} GB: "
-        f"{_sum((processes, *terms))}; estimated parts x {rules.memory_factor:g}.",
+        f"{_sum((processes, *terms))}; estimated parts x {rules.memory_factor:g}"
+        + (f", all of it in each of {replicas} processes." if replicas > 1 else "."),
     )

@@ -63,6 +63,8 @@ class Node:
         extra = {"peft"} if "adapter" in self.inputs else set()
         if self.step == "recover" and self.inputs["text"].params.get("stream"):
             extra.add("datasets")
+        if self.params.get("recipe", {}).get("processes", 1) > 1:
+            extra.add("accelerate")
         return tuple(sorted(extra | {*PACKAGES[self.step]}))
 
     @cached_property

@@ -29,7 +29,8 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from prunelib.errors import InputError, NonFiniteError
+from prunelib.errors import InputError, NonFiniteError, PrunelibError
+from prunelib.recovery.parallel import ALONE, Processes
 from prunelib.recovery.state import TrainingState, jsonl, load_state, save_state
 
 if TYPE_CHECKING:
@@ -63,7 +64,10 @@ class LoraRecipe:
         targets: names of the linear layers that get an adapter, or their roles (``ROLES``).
         lr: peak learning rate.
         batch: windows (or examples) per optimiser step.
-        micro_batch: windows per forward and backward pass; divides ``batch``.
+        micro_batch: windows per forward and backward pass.
+        processes: data parallel processes, on GPUs one for each; ``batch`` is a multiple of
+            ``micro_batch`` times it, and stays the batch of all together. Another number adds the
+            gradients up in another order and draws other dropout masks.
         epochs: passes over the windows, where neither ``max_steps`` nor ``tokens`` is given.
         max_steps: optimiser steps.
         tokens: token budget of windows of plain text: the run ends with the first step that reaches
@@ -90,6 +94,7 @@ class LoraRecipe:
     lr: float = 1e-4
     batch: int = 64
     micro_batch: int = 4
+    processes: int = 1
     epochs: int = 2
     max_steps: int | None = None
     tokens: int | None = None
@@ -104,7 +109,7 @@ class LoraRecipe:
     eval_every: int | None = None
 
     def __post_init__(self) -> None:
-        for name in ("r", "alpha", "batch", "micro_batch", "epochs", "save_every"):
+        for name in ("r", "alpha", "batch", "micro_batch", "processes", "epochs", "save_every"):
             _check(name, getattr(self, name), int, lambda value: value >= 1, "an integer >= 1")
         _check("length", self.length, int, lambda value: value >= 2, "an integer >= 2")
         _check("warmup_steps", self.warmup_steps, int, lambda value: value >= 0, "an integer >= 0")
@@ -139,10 +144,11 @@ class LoraRecipe:
                 f"recovery recipe: targets is {self.targets!r}; "
                 f"allowed: different roles ({', '.join(ROLES)}) or names of linear layers"
             )
-        if self.batch % self.micro_batch:
+        if self.batch % (self.micro_batch * self.processes):
+            times = f" times processes {self.processes}" if self.processes > 1 else ""
             raise InputError(
                 f"recovery recipe: batch {self.batch} is not a multiple of "
-                f"micro_batch {self.micro_batch}"
+                f"micro_batch {self.micro_batch}{times}"
             )
 
 
@@ -291,6 +297,7 @@ def recover(
     dtype: str,
     base: str,
     validation: Items | None = None,
+    processes: Processes = ALONE,
 ) -> RecoveryResult:
     """Train LoRA adapters of ``model`` on ``data`` and write them to ``out`` (Hu et al. 2021).
 
@@ -308,12 +315,14 @@ def recover(
         seed: seeds the adapters' initial values, dropout and the order of the data.
         state: directory of the resumable state; a fitting state found there is continued.
         out: directory that gets the adapter; made if it is missing.
-        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N`` (`Processes.device` of several).
         dtype: ``float32`` or ``bfloat16``, of the frozen weights and on a GPU of the matrix
             products; adapters, moments and loss are always fp32. On a CPU bf16 weights are widened
             and everything is computed in fp32.
         base: the base checkpoint's path relative to the adapter's final directory.
         validation: what ``recipe.eval_every`` looks at.
+        processes: of the run, ``recipe.processes`` of them, each of which calls this function with
+            the same arguments; the main one reads a stream, saves and writes.
 
     Raises:
         InputError: data, targets, device, dtype or ``base`` do not fit.
@@ -334,6 +343,10 @@ def recover(
         )
     if Path(base).is_absolute():
         raise InputError(f"recovery: base {base!r} is absolute; allowed: a relative path")
+    if processes.count != recipe.processes:
+        raise InputError(
+            f"recovery recipe: processes is {recipe.processes}; the run has {processes.count}"
+        )
     place, weights_dtype = resolve_device(device), resolve_dtype(dtype)
     parts = [data, *([validation] if validation is not None else [])]
     for part in parts:
@@ -351,7 +364,9 @@ def recover(
             recipe.warmup_steps,
             steps,
         )
-    gpus = range(torch.cuda.device_count()) if place.type == "cuda" else ()
+    gpus: Sequence[int] = ()
+    if place.type == "cuda":
+        gpus = range(torch.cuda.device_count()) if processes.count == 1 else [place.index]
     with torch.random.fork_rng(devices=gpus), _termination() as terminated:
         torch.manual_seed(seed)
         _place(model, place, weights_dtype)
@@ -366,26 +381,33 @@ def recover(
             eps=recipe.eps,
             weight_decay=recipe.weight_decay,
         )
+        if not processes.main:
+            # Adapters are the same everywhere; dropout is not.
+            torch.manual_seed(_mixed(seed, processes.rank))
         losses: list[Mapping[str, Any]] = []
         best: dict[str, torch.Tensor] = {}
         resumed = load_state(state, identity)
         if resumed is not None:
-            best = _restore(resumed, trainable, optimiser)
+            best = _restore(resumed, trainable, optimiser, gpus, processes.rank)
             losses = list(resumed.losses)
             if streamed is not None:
                 streamed.seek(resumed.place or {}, resumed.tensors[_WAITING])
             logger.info("resumed after step %d of %d from %s", resumed.step, steps, state)
         start, begun = len(losses), time.monotonic()
+        if processes.total([start], place) != [start * processes.count]:
+            raise PrunelibError(f"recovery: not all processes could read the state in {state}")
         last_log, saved = begun, start
         adapted.train()
         for step in range(start, steps):
             kept = f"state of step {saved} kept in {state}" if saved else "no state was saved yet"
             rate = learning_rate(step, steps, recipe)
-            picked = data.pick(step, recipe, seed)
+            picked = _picked(data, step, recipe, seed, processes, place)
             batches = list(data.batches(picked, recipe.micro_batch))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = _step(model, trainable, optimiser, batches, recipe, place, step + 1, kept)
+            loss = _step(
+                model, trainable, optimiser, batches, recipe, place, step + 1, kept, processes
+            )
             before = losses[-1] if losses else {"tokens": 0, "positions": 0}
             row = {
                 "step": step + 1,
@@ -395,7 +417,7 @@ def recover(
                 "positions": before["positions"] + sum(batch.ids.numel() for batch in batches),
             }
             if validation is not None and _validates(step + 1, steps, recipe):
-                value = _validation_loss(model, validation, recipe, place)
+                value = _validation_loss(model, validation, recipe, place, processes)
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"recovery: the validation loss is {value} at step {step + 1}; {kept}"
@@ -406,17 +428,21 @@ def recover(
                     best = {name: p.detach().clone() for name, p in trainable.items()}
                 row["validation_loss"] = value
             losses.append(row)
-            if (step + 1) % recipe.save_every == 0 or step + 1 == steps or terminated:
-                tensors = _tensors(trainable, optimiser, gpus, best)
+            ends = processes.total([len(terminated)], place)[0] > 0
+            if (step + 1) % recipe.save_every == 0 or step + 1 == steps or ends:
+                tensors = _generators(gpus, processes, place)
+                tensors |= _tensors(trainable, optimiser, best)
                 if streamed is not None:
                     tensors[_WAITING] = streamed.waiting
                 read = streamed.place if streamed else None
-                save_state(state, TrainingState(step + 1, tensors, losses, read), identity)
+                if processes.main:
+                    save_state(state, TrainingState(step + 1, tensors, losses, read), identity)
                 saved = step + 1
-            if terminated and step + 1 < steps:
+            if ends and step + 1 < steps:
                 logger.warning("terminated; state of step %d of %d is saved", saved, steps)
                 raise _Terminated
-            if time.monotonic() - last_log >= _LOG_SECONDS or step + 1 == steps:
+            late = time.monotonic() - last_log >= _LOG_SECONDS
+            if processes.main and (late or step + 1 == steps):
                 last_log = time.monotonic()
                 _report(losses, start, steps, last_log - begun)
         seconds = time.monotonic() - begun
@@ -424,8 +450,35 @@ def recover(
         with torch.no_grad():
             for name, parameter in best.items():
                 trainable[name].copy_(parameter)
-        _write(out, adapted, recipe, seed, losses, result, identity, base, data)
+        if processes.main:
+            _write(out, adapted, recipe, seed, losses, result, identity, base, data)
     return result
+
+
+def _mixed(seed: int, rank: int) -> int:
+    """Return the seed of another process's dropout."""
+    digest = hashlib.sha256(f"{seed}:process {rank}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _picked(
+    data: TrainingData,
+    step: int,
+    recipe: LoraRecipe,
+    seed: int,
+    processes: Processes,
+    device: torch.device,
+) -> torch.Tensor:
+    """Return what 0-based ``step`` reads; a stream is read by the main process alone."""
+    import torch
+
+    if data.count is not None:
+        return data.pick(step, recipe, seed)
+    if processes.main:
+        windows = data.pick(step, recipe, seed)
+    else:
+        windows = torch.empty(recipe.batch, recipe.length, dtype=torch.int64)
+    return processes.from_main(windows, device)
 
 
 def _validates(step: int, steps: int, recipe: LoraRecipe) -> bool:
@@ -593,8 +646,12 @@ def _step(
     device: torch.device,
     number: int,
     kept: str,
+    processes: Processes = ALONE,
 ) -> float:
-    """Do one optimiser step over ``batches``; return its mean loss in nats per target."""
+    """Do one optimiser step over ``batches``; return its mean loss in nats per target.
+
+    Each process goes through its share of the batches; loss and gradients are those of all.
+    """
     import torch
 
     from prunelib.recovery.loss import frozen_head_loss
@@ -603,15 +660,23 @@ def _step(
     targets = sum(batch.targets for batch in batches)
     total = 0.0
     optimiser.zero_grad(set_to_none=True)
-    for batch in batches:
+    for batch in processes.share(batches):
         with _autocast(model, device):
             hidden, wanted = batch.predictions(_hidden_states(model, batch.ids, batch.mask))
             loss = frozen_head_loss(hidden, head, wanted) / targets
-        value = float(loss.detach())
-        if not math.isfinite(value):
-            raise NonFiniteError(f"recovery: the loss is {value} at step {number}; {kept}")
+        total += float(loss.detach())
+        if not math.isfinite(total):
+            break
         loss.backward()
-        total += value
+    # All processes come here, whatever their losses, and then agree on what to do.
+    (total,) = processes.total([total], device)
+    if not math.isfinite(total):
+        raise NonFiniteError(f"recovery: the loss is {total} at step {number}; {kept}")
+    if processes.count > 1:
+        for parameter in trainable.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
+        processes.add(p.grad for p in trainable.values() if p.grad is not None)
     norm = float(torch.nn.utils.clip_grad_norm_(trainable.values(), recipe.clip_norm))
     if not math.isfinite(norm):
         bad = next(
@@ -626,7 +691,11 @@ def _step(
 
 
 def _validation_loss(
-    model: PreTrainedModel, data: Items, recipe: LoraRecipe, device: torch.device
+    model: PreTrainedModel,
+    data: Items,
+    recipe: LoraRecipe,
+    device: torch.device,
+    processes: Processes,
 ) -> float:
     """Return the mean negative log-likelihood of the validation part, in nats per target."""
     import torch
@@ -637,26 +706,39 @@ def _validation_loss(
     total, targets = 0.0, 0
     model.eval()
     with torch.no_grad(), _autocast(model, device):
-        for batch in data.batches(torch.arange(len(data)), recipe.micro_batch):
+        parts = torch.arange(len(data)).split(recipe.micro_batch)
+        for batch in (b for part in processes.share(parts) for b in data.batches(part, len(part))):
             hidden, wanted = batch.predictions(_hidden_states(model, batch.ids, batch.mask))
             total += head_loss(hidden, head, wanted)
             targets += batch.targets
     model.train()
-    return total / targets
+    total, count = processes.total([total, targets], device)
+    return total / count
+
+
+def _generators(
+    gpus: Sequence[int], processes: Processes, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return the states of all random generators: of each process, and of each GPU."""
+    import torch
+
+    tensors = {}
+    for rank, state in enumerate(processes.collect(torch.get_rng_state(), device)):
+        tensors[f"rng.{rank}.cpu" if rank else "rng.cpu"] = state
+    for index in gpus:
+        states = processes.collect(torch.cuda.get_rng_state(index), device)
+        for rank, state in enumerate(states):
+            tensors[f"rng.cuda.{index if processes.count == 1 else rank}"] = state
+    return tensors
 
 
 def _tensors(
     trainable: Mapping[str, torch.nn.Parameter],
     optimiser: torch.optim.Optimizer,
-    gpus: Sequence[int],
     best: Mapping[str, torch.Tensor],
 ) -> dict[str, torch.Tensor]:
-    """Return the tensors of a state: generators, parameters, moments, the best so far."""
-    import torch
-
-    tensors = {"rng.cpu": torch.get_rng_state()}
-    for index in gpus:
-        tensors[f"rng.cuda.{index}"] = torch.cuda.get_rng_state(index)
+    """Return the tensors of a state: parameters, moments, the best so far."""
+    tensors = {}
     for name, parameter in trainable.items():
         tensors[f"parameter.{name}"] = parameter.detach().cpu()
         for key in ("exp_avg", "exp_avg_sq"):
@@ -668,6 +750,8 @@ def _restore(
     state: TrainingState,
     trainable: Mapping[str, torch.nn.Parameter],
     optimiser: torch.optim.Optimizer,
+    gpus: Sequence[int],
+    rank: int,
 ) -> dict[str, torch.Tensor]:
     """Set parameters, moments and generators; return the best parameters so far, if any."""
     import torch
@@ -684,10 +768,9 @@ def _restore(
             }
     groups = optimiser.state_dict()["param_groups"]
     optimiser.load_state_dict({"state": moments, "param_groups": groups})
-    torch.set_rng_state(tensors["rng.cpu"])
-    for name, tensor in tensors.items():
-        if name.startswith("rng.cuda."):
-            torch.cuda.set_rng_state(tensor, int(name.rpartition(".")[2]))
+    torch.set_rng_state(tensors[f"rng.{rank}.cpu" if rank else "rng.cpu"])
+    for index in gpus:
+        torch.cuda.set_rng_state(tensors[f"rng.cuda.{index}"], index)
     best = {name: f"best.{name}" for name in trainable}
     return {name: tensors[key] for name, key in best.items() if key in tensors}
 
