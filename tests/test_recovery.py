@@ -223,6 +223,54 @@ def test_training_learns_and_leaves_the_base_weights_alone(tmp_path):
     assert not any(after[name].requires_grad or after[name].grad is not None for name in before)
 
 
+def test_parameters_named_by_the_recipe_are_trained_themselves(tmp_path):
+    """Beside adapters and alone: they move, all others stay, and what is stored loads again."""
+    from prunelib.recovery.adapters import attach, merge
+
+    norms = [name for name, _ in tiny().named_parameters() if name.endswith("layernorm.weight")]
+    assert len(norms) == 4
+    for targets in ((), ("attention",)):
+        path, model = tmp_path / str(len(targets)), tiny()
+        recipe = replace(RECIPE, targets=targets, train=("*layernorm.weight",), dropout=0.0)
+        result = run(path, recipe, model)
+        stored = load_file(path / "out" / adapters.TRAINED)
+        assert sorted(stored) == sorted(norms)
+        moved = {n for n, p in tiny().named_parameters() if n in stored and (p != stored[n]).all()}
+        assert moved == set(norms)
+        before = dict(tiny().named_parameters())
+        for name, parameter in model.named_parameters():
+            plain = name.replace(".base_layer", "")
+            if plain in before and plain not in stored:
+                assert torch.equal(parameter, before[plain]), name
+        # 4 vectors of 32; 2 layers of r * (in + out): q, o 32+32; k, v 32+16.
+        assert result.trainable_parameters == 128 + len(targets) * 2 * 4 * (2 * 64 + 2 * 48)
+        assert (path / "out" / "adapter_config.json").exists() == bool(targets)
+        with torch.no_grad():
+            trained_model = model.eval()(tokens()).logits
+            assert torch.equal(attach(tiny(), path / "out")(tokens()).logits, trained_model)
+            merged = merge(tiny(), path / "out")(tokens()).logits
+            torch.testing.assert_close(merged, trained_model, rtol=1e-4, atol=1e-5)
+    assert json.loads((tmp_path / "0" / "out" / "meta.json").read_text())["trained"] == sorted(
+        norms
+    )
+
+
+def test_trained_parameters_that_do_not_fit_are_refused(tmp_path):
+    recipe = replace(RECIPE, targets=(), train=("*layernorm.weight",), max_steps=1)
+    run(tmp_path, recipe)
+    path = tmp_path / "out" / adapters.TRAINED
+    tensors = load_file(path)
+    name = min(tensors)
+    for wrong, error in (
+        ({"model.else": torch.ones(3)}, IntegrityError),
+        ({name: torch.ones(3)}, IntegrityError),
+        ({name: torch.full((32,), math.nan)}, NonFiniteError),
+    ):
+        save_file(tensors | wrong, path)
+        with pytest.raises(error, match=next(iter(wrong))):
+            adapters.attach(tiny(), tmp_path / "out")
+
+
 def test_bf16_on_a_cpu_trains_on_rounded_weights_in_fp32(tmp_path):
     run(tmp_path / "a", dtype="bfloat16")
     rounded = tiny()
@@ -514,6 +562,7 @@ def test_non_finite_gradient_names_the_parameter(tmp_path, monkeypatch):
         ({"dropout": 1.0}, "dropout is 1.0"),
         ({"batch": 6, "micro_batch": 4}, "batch 6 is not a multiple of micro_batch 4"),
         ({"targets": []}, "targets is ()"),
+        ({"targets": [], "train": ["a", "a"]}, "train is ('a', 'a')"),
         ({"targets": "q_proj"}, "targets is 'q_proj'"),
         ({"betas": [0.9]}, "betas is (0.9,)"),
         ({"max_steps": 0}, "max_steps is 0"),
@@ -535,6 +584,8 @@ def test_recipe_refuses(values, message):
     [
         ({"recipe": replace(RECIPE, targets=("q_proj", "fc1"))}, "'fc1' matches no linear layer"),
         ({"recipe": replace(RECIPE, targets=("lm_head",))}, "'lm_head' matches no linear layer"),
+        ({"recipe": replace(RECIPE, train=("*.gain",))}, "'*.gain' matches no parameter"),
+        ({"recipe": replace(RECIPE, train=("*head*",))}, "lm_head.weight of the output layer"),
         ({"windows": tokens(length=11)}, "[13, 11]; allowed: int64 [n >= 1, 12]"),
         ({"windows": tokens()[:0]}, "[0, 12]"),
         ({"windows": tokens().int()}, "torch.int32"),

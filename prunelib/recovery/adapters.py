@@ -1,7 +1,8 @@
-"""Putting a stored LoRA adapter on a model, trusting nothing in its directory.
+"""Putting what recovery stored on a model, trusting nothing in its directory.
 
-Only tensors in safetensors and a handful of numbers from ``adapter_config.json`` are used: the base
-model that the config names is ignored, pickled weights are refused, and no code is loaded.
+That is a LoRA adapter, new values of parameters that were trained themselves, or both. Only tensors
+in safetensors and a handful of numbers from ``adapter_config.json`` are used: the base model that
+the config names is ignored, pickled weights are refused, and no code is loaded.
 """
 
 from __future__ import annotations
@@ -14,11 +15,13 @@ from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.provenance import artefact
 
 if TYPE_CHECKING:
+    import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
+TRAINED = "trained.safetensors"
 
 # What the config may say freely: the shape of the adapter, and labels that change no number.
 _READ = ("r", "lora_alpha", "lora_dropout", "target_modules")
@@ -61,14 +64,16 @@ def attach(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
     Args:
         model: the adapter's base model, loaded from its own checkpoint.
-        adapter: directory with ``adapter_config.json`` and ``adapter_model.safetensors``.
+        adapter: directory with ``adapter_config.json`` and ``adapter_model.safetensors``, with
+            ``trained.safetensors``, or with all of them.
 
     Raises:
         InputError: the directory holds no plain LoRA adapter, or holds pickled weights.
         IntegrityError: the tensors cannot be read or do not fit the model.
         NonFiniteError: a tensor holds NaN or infinity.
     """
-    attached: PreTrainedModel = _load(model, adapter).get_base_model()
+    adapted = _load(model, adapter)
+    attached: PreTrainedModel = model if adapted is None else adapted.get_base_model()
     attached.eval()
     return attached
 
@@ -83,7 +88,8 @@ def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     Raises:
         InputError, IntegrityError, NonFiniteError: as in `attach`.
     """
-    merged: PreTrainedModel = _load(model, adapter).merge_and_unload()
+    adapted = _load(model, adapter)
+    merged: PreTrainedModel = model if adapted is None else adapted.merge_and_unload()
     for name, parameter in merged.named_parameters():
         if not parameter.isfinite().all():
             raise NonFiniteError(f"{adapter}: merging gives non-finite values in {name}")
@@ -92,29 +98,53 @@ def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
 
 
 def _load(model: PreTrainedModel, adapter: Path) -> Any:
+    """Return the peft model, or None where there are only parameters that were trained."""
     from peft import get_peft_model, set_peft_model_state_dict
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
 
     if (adapter / "adapter_model.bin").exists():
         raise InputError(
             f"{adapter}: adapter_model.bin is a pickle and is refused; allowed: {WEIGHTS}"
         )
+    if (adapter / TRAINED).is_file():
+        _set_trained(model, adapter / TRAINED)
+        if not (adapter / WEIGHTS).exists() and not (adapter / CONFIG).exists():
+            return None
     if not (adapter / WEIGHTS).is_file():
         raise IntegrityError(f"{adapter}: {WEIGHTS} is missing")
     config = _config(adapter / CONFIG)
-    try:
-        tensors = load_file(adapter / WEIGHTS)
-    except SafetensorError as error:
-        raise IntegrityError(f"{adapter / WEIGHTS}: not a safetensors file: {error}") from error
+    tensors = _tensors(adapter / WEIGHTS)
     found = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
     _check_shapes(found, _expected(model, config), adapter / WEIGHTS)
-    for name, tensor in tensors.items():
-        if not tensor.isfinite().all():
-            raise NonFiniteError(f"{adapter / WEIGHTS}: {name} holds NaN or infinity")
     adapted = get_peft_model(model, config)
     set_peft_model_state_dict(adapted, tensors)
     return adapted
+
+
+def _tensors(path: Path) -> dict[str, torch.Tensor]:
+    """Return a file's tensors, all finite."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors: dict[str, torch.Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise IntegrityError(f"{path}: not a safetensors file: {error}") from error
+    for name, tensor in tensors.items():
+        if not tensor.isfinite().all():
+            raise NonFiniteError(f"{path}: {name} holds NaN or infinity")
+    return tensors
+
+
+def _set_trained(model: PreTrainedModel, path: Path) -> None:
+    """Give the parameters in ``path`` their trained values, in the model's own precision."""
+    import torch
+
+    tensors, parameters = _tensors(path), dict(model.named_parameters())
+    expected = {name: tuple(parameters[name].shape) for name in tensors if name in parameters}
+    _check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, expected, path)
+    with torch.no_grad():
+        for name, tensor in tensors.items():
+            parameters[name].copy_(tensor)
 
 
 def _config(path: Path) -> LoraConfig:

@@ -16,6 +16,7 @@ seed and the step.
 from __future__ import annotations
 
 import contextlib
+import fnmatch
 import hashlib
 import json
 import logging
@@ -30,6 +31,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from prunelib.errors import InputError, NonFiniteError, PrunelibError
+from prunelib.recovery.adapters import TRAINED
 from prunelib.recovery.parallel import ALONE, Processes
 from prunelib.recovery.state import TrainingState, jsonl, load_state, save_state
 
@@ -61,7 +63,10 @@ class LoraRecipe:
         r: rank of the adapters.
         alpha: the adapters' output is scaled by ``alpha / r``.
         dropout: probability of dropping an input of an adapter.
-        targets: names of the linear layers that get an adapter, or their roles (``ROLES``).
+        targets: names of the linear layers that get an adapter, or their roles (``ROLES``); may be
+            empty where ``train`` is not.
+        train: patterns (``*.gain``) of the names of parameters that are trained themselves, in
+            fp32; the output layer's are refused.
         lr: peak learning rate.
         batch: windows (or examples) per optimiser step.
         micro_batch: windows per forward and backward pass.
@@ -91,6 +96,7 @@ class LoraRecipe:
     alpha: int = 16
     dropout: float = 0.05
     targets: tuple[str, ...] = ROLES
+    train: tuple[str, ...] = ()
     lr: float = 1e-4
     batch: int = 64
     micro_batch: int = 4
@@ -134,15 +140,15 @@ class LoraRecipe:
             raise InputError(f"recovery recipe: betas is {self.betas!r}; allowed: two numbers")
         for beta in self.betas:
             _check("betas", beta, float, lambda value: 0 <= value < 1, "numbers in [0, 1)")
-        if not (
-            isinstance(self.targets, tuple)
-            and self.targets
-            and all(isinstance(name, str) and name for name in self.targets)
-            and len(set(self.targets)) == len(self.targets)
-        ):
+        if not (_are_names(self.targets) and (self.targets or self.train)):
             raise InputError(
                 f"recovery recipe: targets is {self.targets!r}; "
                 f"allowed: different roles ({', '.join(ROLES)}) or names of linear layers"
+            )
+        if not _are_names(self.train):
+            raise InputError(
+                f"recovery recipe: train is {self.train!r}; allowed: different patterns of the "
+                "names of parameters"
             )
         if self.batch % (self.micro_batch * self.processes):
             times = f" times processes {self.processes}" if self.processes > 1 else ""
@@ -150,6 +156,15 @@ class LoraRecipe:
                 f"recovery recipe: batch {self.batch} is not a multiple of "
                 f"micro_batch {self.micro_batch}{times}"
             )
+
+
+def _are_names(value: Any) -> bool:
+    """Whether this is a tuple of different texts."""
+    return (
+        isinstance(value, tuple)
+        and all(isinstance(name, str) and name for name in value)
+        and len(set(value)) == len(value)
+    )
 
 
 def _check(name: str, value: Any, kind: type, holds: Any, allowed: str) -> None:
@@ -205,7 +220,7 @@ class RecoveryResult:
         steps: optimiser steps of the whole run.
         tokens: tokens read in the whole run, without padding.
         useful_share: share of tokens, not padding, in the positions computed.
-        trainable_parameters: parameters of the adapters.
+        trainable_parameters: parameters of the adapters, and those trained themselves.
         first_loss: mean negative log-likelihood of the first step, in nats per token.
         last_loss: the same of the last step.
         resumed_from: steps that were taken over from a saved state (0: none).
@@ -302,6 +317,7 @@ def recover(
     """Train LoRA adapters of ``model`` on ``data`` and write them to ``out`` (Hu et al. 2021).
 
     Written: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft's format),
+    ``trained.safetensors`` where the recipe trains parameters themselves (their new values),
     ``loss.jsonl`` (per optimiser step: step from 1, mean loss in nats per target, learning rate,
     tokens read and positions computed so far, which padding is part of, and the validation loss
     where it was taken) and ``meta.json``. With
@@ -371,7 +387,11 @@ def recover(
         torch.manual_seed(seed)
         _place(model, place, weights_dtype)
         identity = _identity(model, parts, recipe, seed, place, dtype)
+        own = own_parameters(model, recipe)
         adapted = _with_adapters(model, recipe)
+        for itself in own.values():
+            itself.data = itself.data.float()
+            itself.requires_grad_(True)
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         _check_head(model)
         optimiser = torch.optim.AdamW(
@@ -451,7 +471,7 @@ def recover(
             for name, parameter in best.items():
                 trainable[name].copy_(parameter)
         if processes.main:
-            _write(out, adapted, recipe, seed, losses, result, identity, base, data)
+            _write(out, adapted, own, recipe, seed, losses, result, identity, base, data)
     return result
 
 
@@ -567,13 +587,44 @@ def _identity(
     }
 
 
+def own_parameters(model: PreTrainedModel, recipe: LoraRecipe) -> dict[str, torch.nn.Parameter]:
+    """Return the parameters that ``recipe.train`` names, by their names in the plain model.
+
+    Raises:
+        InputError: a pattern matches none, or the output layer, whose loss takes it as frozen.
+    """
+    found: dict[str, torch.nn.Parameter] = {}
+    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
+    named = dict(model.named_parameters())
+    for pattern in recipe.train:
+        names = fnmatch.filter(named, pattern)
+        if not names:
+            raise InputError(
+                f"recovery recipe: train {pattern!r} matches no parameter of this "
+                f"{model.config.model_type} model"
+            )
+        for name in names:
+            if id(named[name]) in head:
+                raise InputError(
+                    f"recovery recipe: train {pattern!r} matches {name} of the output layer; "
+                    "allowed: other parameters"
+                )
+            found[name] = named[name]
+    return found
+
+
 def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
-    """Return the peft model: base frozen, adapters in fp32 with B = 0, so that it is unchanged."""
+    """Return the peft model: base frozen, adapters in fp32 with B = 0, so that it is unchanged.
+
+    Without targets it is the model itself, frozen.
+    """
     import torch
     from peft import LoraConfig, get_peft_model
 
     from prunelib.checkpoint import family_of_config
 
+    if not recipe.targets:
+        return model.requires_grad_(False)
     layers = family_of_config(model.config.to_dict()).layers(model)
     linears = {
         name.rpartition(".")[2]
@@ -812,6 +863,7 @@ def _result(
 def _write(
     out: Path,
     adapted: Any,
+    own: Mapping[str, torch.nn.Parameter],
     recipe: LoraRecipe,
     seed: int,
     losses: Sequence[Mapping[str, Any]],
@@ -820,19 +872,13 @@ def _write(
     base: str,
     data: TrainingData,
 ) -> None:
-    from peft import get_peft_model_state_dict
-    from safetensors.torch import save_file
-
     out.mkdir(parents=True, exist_ok=True)
-    # Not `save_pretrained`: it writes a model card and, unless told, asks the hub about embeddings.
-    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
-    save_file(
-        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
-        out / "adapter_model.safetensors",
-        metadata={"format": "pt"},
-    )
-    config = adapted.peft_config["default"].to_dict()
-    config |= {"base_model_name_or_path": base, "inference_mode": True}
+    if recipe.targets:
+        _write_adapter(out, adapted, base)
+    trained = {}
+    if own:
+        _save_tensors(own, out / TRAINED)
+        trained = {"trained": sorted(own)}
     validated = {}
     if result.best_step is not None:
         validated = {
@@ -846,7 +892,6 @@ def _write(
             "validation_sha256": identity["validation"],
         }
     (out / "loss.jsonl").write_text(jsonl(losses), encoding="utf-8")
-    _write_json(out / "adapter_config.json", config)
     _write_json(
         out / "meta.json",
         {
@@ -862,8 +907,30 @@ def _write(
             "last_loss": result.last_loss,
             **data.record(),
             **validated,
+            **trained,
             "base": Path(base).name,
         },
+    )
+
+
+def _write_adapter(out: Path, adapted: Any, base: str) -> None:
+    from peft import get_peft_model_state_dict
+
+    # Not `save_pretrained`: it writes a model card and, unless told, asks the hub about embeddings.
+    tensors = get_peft_model_state_dict(adapted, save_embedding_layers=False)
+    _save_tensors(tensors, out / "adapter_model.safetensors")
+    config = adapted.peft_config["default"].to_dict()
+    config |= {"base_model_name_or_path": base, "inference_mode": True}
+    _write_json(out / "adapter_config.json", config)
+
+
+def _save_tensors(tensors: Mapping[str, torch.Tensor], path: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file(
+        {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()},
+        path,
+        metadata={"format": "pt"},
     )
 
 
