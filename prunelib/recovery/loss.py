@@ -42,11 +42,17 @@ class _FrozenHeadLoss(torch.autograd.Function):
     ) -> torch.Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
         gradient = torch.empty_like(hidden)
+        # One buffer for all chunks: fresh memory of this size costs more than the arithmetic.
+        scratch = torch.empty(
+            min(chunk, len(hidden)), len(weight), dtype=torch.float32, device=hidden.device
+        )
         for start in range(0, hidden.shape[0], chunk):
             part = slice(start, start + chunk)
             index = targets[part].unsqueeze(1)
             logits = F.linear(hidden[part], weight, bias).float()
-            normaliser = logits.logsumexp(dim=1, keepdim=True)
+            highest = logits.amax(dim=1, keepdim=True)
+            powers = torch.sub(logits, highest, out=scratch[: len(logits)]).exp_()
+            normaliser = powers.sum(dim=1, keepdim=True).log_().add_(highest)
             total += (normaliser - logits.gather(1, index)).sum()
             probabilities = logits.sub_(normaliser).exp_()
             probabilities.scatter_add_(1, index, -torch.ones_like(normaliser))

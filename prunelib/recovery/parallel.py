@@ -192,7 +192,8 @@ def started(count: int, device: str, command: Sequence[str]) -> Iterator[Process
         with _joined(device) as processes:
             yield processes
         for helper in helpers:
-            helper.wait(60)
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                helper.wait(60)
     finally:
         for name, value in before.items():
             os.environ.pop(name, None)
