@@ -121,6 +121,49 @@ def test_chunked_loss_and_its_gradient_equal_autograd(chunk):
     torch.testing.assert_close(value, plain, rtol=1e-6, atol=0)
 
 
+@pytest.mark.parametrize("bias", [False, True])
+def test_fused_adapters_equal_those_of_peft(bias):
+    """Outputs and the gradients of inputs, A and B; in eval mode and in another precision: bits."""
+    from peft import LoraConfig, get_peft_model
+
+    from prunelib.recovery.fused import fuse
+
+    torch.manual_seed(0)
+    config = LoraConfig(r=3, lora_alpha=5, target_modules=["0"], init_lora_weights=False)
+    layers = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6, bias=bias)), config).train()
+    found = []
+    for number in range(2):
+        if number:
+            fuse(layers)
+        inputs = torch.randn(2, 5, 8, generator=torch.Generator().manual_seed(1)).requires_grad_()
+        outputs = layers(inputs)
+        (outputs * torch.arange(6)).square().sum().backward()
+        trained = [p for p in layers.parameters() if p.requires_grad]
+        found.append([outputs, inputs.grad, *(p.grad.clone() for p in trained)])
+        layers.zero_grad()
+        layers.eval()
+        found[-1].append(layers(inputs))
+        layers.train()
+    assert "LoraLinear" in str(found[1][0].grad_fn)
+    assert "LoraLinear" not in str(found[1][-1].grad_fn)
+    assert len(found[0]) == 5
+    for plain, fused in zip(*found, strict=True):
+        torch.testing.assert_close(fused, plain, rtol=1e-5, atol=1e-4)
+    assert torch.equal(found[0][-1], found[1][-1])
+
+
+@pytest.mark.parametrize("change", [{"lora_dropout": 0.1}, {"use_dora": True}])
+def test_other_adapters_stay_with_peft(change):
+    from peft import LoraConfig, get_peft_model
+
+    from prunelib.recovery.fused import fuse
+
+    config = LoraConfig(r=3, target_modules=["0"], **change)
+    layers = get_peft_model(torch.nn.Sequential(torch.nn.Linear(8, 6)), config).train()
+    fuse(layers)
+    assert "LoraLinear" not in str(layers(torch.randn(4, 8)).grad_fn)
+
+
 def test_schedule_by_hand():
     recipe = replace(RECIPE, lr=1.0, warmup_steps=2)
     rates = [lora.learning_rate(step, 6, recipe) for step in range(6)]

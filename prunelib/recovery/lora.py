@@ -348,6 +348,7 @@ def recover(
 
     from prunelib.device import resolve_device, resolve_dtype
     from prunelib.recovery.data import Examples, PackedWindows, StreamedWindows
+    from prunelib.recovery.fused import fuse
 
     if isinstance(data, torch.Tensor):
         data = PackedWindows(data)
@@ -392,6 +393,8 @@ def recover(
         for itself in own.values():
             itself.data = itself.data.float()
             itself.requires_grad_(True)
+        if recipe.targets:
+            fuse(adapted)
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
         _check_head(model)
         optimiser = torch.optim.AdamW(
