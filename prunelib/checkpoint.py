@@ -1,7 +1,8 @@
 """Checkpoints: safetensors, config.json, tokenizer, plan.json. Never a pickle, never remote code.
 
 A pruned checkpoint loads by ``AutoModelForCausalLM.from_pretrained``: without remote code where
-all layers are equal, else with the modelling file that is saved beside the weights. This library
+all layers are equal, else with the modelling file that is saved beside the weights. A block whose
+weights several layers use is stored once, with what those layers add. This library
 itself builds every model from its own classes and does not execute a file found beside weights.
 """
 
@@ -11,12 +12,14 @@ import json
 import shutil
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from prunelib.device import resolve_device, resolve_dtype
 from prunelib.errors import InputError, IntegrityError
 from prunelib.families import family_of
+from prunelib.families.base import VIRTUAL
 from prunelib.plan import FILE_NAME as PLAN_FILE
 from prunelib.plan import Plan
 from prunelib.provenance import artefact
@@ -63,7 +66,7 @@ def read_config(directory: Path) -> dict[str, Any]:
 
 def family_of_config(config: dict[str, Any]) -> Family:
     """Return the family of a checkpoint's config, pruned or not."""
-    return family_of(unpruned_config(config) | {"per_layer_config": None})
+    return family_of(unpruned_config(config) | {"per_layer_config": None, VIRTUAL: None})
 
 
 def unpruned_config(config: dict[str, Any]) -> dict[str, Any]:
@@ -237,8 +240,8 @@ def _save(
     _copy_companions(source, out)
     if not stock:
         # Read and written, not copied: file modes of an installation do not matter here.
-        text = Path(family.modeling_file()).read_text(encoding="utf-8")
-        (out / Path(family.modeling_file()).name).write_text(text, encoding="utf-8")
+        modeling = Path(family.source_file(config))
+        (out / modeling.name).write_text(modeling.read_text(encoding="utf-8"), encoding="utf-8")
     tied = family.dimensions(config).tied
     return write_tensors(((n, t) for n, t in tensors if not (tied and n in TIED_NAMES)), out)
 
@@ -254,6 +257,10 @@ def prune_checkpoint(source: Path, plan: Plan, out: Path) -> None:
     family = family_of(config)
     new, stock = pruned_config(family, config, plan)
     tensors = prune_tensors(read_tensors(source), family, config, plan)
+    if plan.sharing is not None:
+        from prunelib.replacement import shared_tensors
+
+        tensors = chain(tensors, shared_tensors(family, config, plan, WeightReader(source)))
     elements = _save(source, out, new, stock, family, tensors)
     if elements != plan.parameters[1]:
         raise IntegrityError(
@@ -300,7 +307,7 @@ def build_model(
     from huggingface_hub.errors import StrictDataclassError
 
     family = family_of_config(config)
-    config_class, model_class = family.model_class(config)
+    config_class, model_class = family.classes(config)
     data = {k: v for k, v in config.items() if k not in ("auto_map", "model_type")}
     per_layer = data.pop("per_layer_config", None)
     try:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,75 @@ _KEYS = {
     "parameters",
     "target",
     "produced_by",
+    "shared",
+    "skipped",
 }
+# Parts of a block that can go by themselves.
+PARTS = ("attention", "mlp")
+
+
+@dataclass(frozen=True)
+class SharedBlock:
+    """A layer of the new model that has no weights of its own but adapters on another block's.
+
+    Attributes:
+        place: its index among the layers of the new model.
+        base: original index of the block whose weights it uses.
+        like: original index of the block that it stands for: a removed one, or, where it repeats
+            its base, that one.
+    """
+
+    place: int
+    base: int
+    like: int
+
+
+@dataclass(frozen=True)
+class Sharing:
+    """The layers that share another block's weights, and what they add to them (FlexiGPT).
+
+    Attributes:
+        blocks: the layers, by place.
+        rank: of the adapters; a matrix that has no such rank gets its full one.
+        gain: initial gain of the normalised outputs of attention and MLP; None where outputs are
+            not normalised.
+        svd: whether the adapters begin as the truncated difference to what the layer stands for,
+            or else at zero.
+        seed: of random factors.
+        parameters: what all these layers add: adapters, gains, and vectors of their own.
+    """
+
+    blocks: tuple[SharedBlock, ...]
+    rank: int
+    gain: float | None
+    svd: bool
+    seed: int
+    parameters: int
+
+    def __post_init__(self) -> None:
+        places = [block.place for block in self.blocks]
+        if not places or places != sorted(set(places)) or places[0] < 0:
+            raise InputError("plan: shared blocks must have increasing places, at least one")
+        if self.rank < 1:
+            raise InputError(f"plan: shared rank {self.rank} given; at least 1 allowed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-serialisable data."""
+        return asdict(self) | {"blocks": [asdict(block) for block in self.blocks]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Sharing:
+        """Read it back; raises KeyError, TypeError, ValueError or InputError."""
+        gain = data["gain"]
+        names = ("place", "base", "like")
+        return cls(
+            tuple(SharedBlock(*(int(block[name]) for name in names)) for block in data["blocks"]),
+            int(data["rank"]),
+            None if gain is None else float(gain),
+            bool(data["svd"]),
+            int(data["seed"]),
+            int(data["parameters"]),
+        )
 
 
 @dataclass(frozen=True)
@@ -43,6 +111,8 @@ class Plan:
         target: what was asked for (kind, value, protected layers).
         produced_by: method, hyper-parameters, seed.
         whole: the kept unit ids (sorted) of the kinds that run through the whole model.
+        sharing: the layers that use other blocks' weights, if any.
+        skipped: by part of a block (``PARTS``), the layers that lose it alone.
     """
 
     family: str
@@ -53,6 +123,8 @@ class Plan:
     target: Mapping[str, Any] = field(default_factory=dict)
     produced_by: Mapping[str, Any] = field(default_factory=dict)
     whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    sharing: Sharing | None = None
+    skipped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         if all(layer is None for layer in self.kept):
@@ -62,6 +134,28 @@ class Plan:
                 self._check_units(f"plan: layer {index}, {kind}", kind, ids)
         for kind, ids in self.whole.items():
             self._check_units(f"plan: {kind}", kind, ids)
+        if (self.sharing or self.skipped) and (self.units or self.whole):
+            raise InputError("plan: shared blocks and removed parts need all other units whole")
+        self._check_sharing()
+        self._check_skipped()
+
+    def _check_sharing(self) -> None:
+        blocks = self.sharing.blocks if self.sharing else ()
+        count = len(self.kept_layers) + len(blocks)
+        for block in blocks:
+            if block.base not in self.kept_layers:
+                raise InputError(f"plan: shared block {block.base} is not one that stays")
+            if not 0 <= block.like < len(self.kept) or block.place >= count:
+                raise InputError(f"plan: the shared block at place {block.place} is out of range")
+        if blocks and self.skipped:
+            raise InputError("plan: shared blocks and removed parts of blocks do not go together")
+
+    def _check_skipped(self) -> None:
+        for part, layers in self.skipped.items():
+            if part not in PARTS:
+                raise InputError(f"plan: unknown part {part!r}; allowed: {', '.join(PARTS)}")
+            if list(layers) != sorted(set(layers)) or not set(layers) <= set(self.kept_layers):
+                raise InputError(f"plan: layers without {part} must be increasing and stay")
 
     def _check_units(self, where: str, kind: str, ids: tuple[int, ...]) -> None:
         if kind not in self.units:
@@ -84,35 +178,66 @@ class Plan:
         return tuple(i for i, layer in enumerate(self.kept) if layer is None)
 
     @property
+    def layers(self) -> tuple[int | SharedBlock, ...]:
+        """The layers of the new model: original indices, or blocks that share weights."""
+        shared = {block.place: block for block in (self.sharing.blocks if self.sharing else ())}
+        own = iter(self.kept_layers)
+        count = len(self.kept_layers) + len(shared)
+        return tuple(shared[place] if place in shared else next(own) for place in range(count))
+
+    @property
+    def places(self) -> dict[int, int]:
+        """Places in the new model of the layers that stay, by original index."""
+        return {layer: place for place, layer in enumerate(self.layers) if isinstance(layer, int)}
+
+    @property
     def removed_ratio(self) -> float:
-        """Parameters removed over all parameters."""
+        """Parameters removed over all parameters, net of what shared blocks add."""
         before, after = self.parameters
         return (before - after) / before
+
+    @property
+    def gross_removed_ratio(self) -> float:
+        """Parameters removed over all parameters, what shared blocks add not counted."""
+        before, after = self.parameters
+        return (before - after + (self.sharing.parameters if self.sharing else 0)) / before
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-serialisable data."""
         before, after = self.parameters
         # Left out where there is none, so that most plans read as they always did.
         whole = {kind: list(ids) for kind, ids in self.whole.items()}
-        return ({"kept": whole} if whole else {}) | {
-            "version": VERSION,
-            "family": self.family,
-            "model_type": self.model_type,
-            "original": {"num_hidden_layers": len(self.kept), "units": dict(self.units)},
-            "parameters": {
-                "original": before,
-                "remaining": after,
-                "removed_ratio": self.removed_ratio,
-            },
-            "target": dict(self.target),
-            "produced_by": dict(self.produced_by),
-            "removed_blocks": list(self.removed_blocks),
-            "layers": [
-                {"index": i, "kept": {kind: list(ids) for kind, ids in layer.items()}}
-                for i, layer in enumerate(self.kept)
-                if layer is not None
-            ],
-        }
+        skipped = {part: list(layers) for part, layers in self.skipped.items()}
+        gross: dict[str, Any] = {}
+        shared: dict[str, Any] = {}
+        if self.sharing:
+            shared = {"shared": self.sharing.to_dict()}
+            gross = {"shared": self.sharing.parameters, "gross_ratio": self.gross_removed_ratio}
+        more = shared | ({"skipped": skipped} if skipped else {})
+        return (
+            ({"kept": whole} if whole else {})
+            | more
+            | {
+                "version": VERSION,
+                "family": self.family,
+                "model_type": self.model_type,
+                "original": {"num_hidden_layers": len(self.kept), "units": dict(self.units)},
+                "parameters": {
+                    "original": before,
+                    "remaining": after,
+                    "removed_ratio": self.removed_ratio,
+                    **gross,
+                },
+                "target": dict(self.target),
+                "produced_by": dict(self.produced_by),
+                "removed_blocks": list(self.removed_blocks),
+                "layers": [
+                    {"index": i, "kept": {kind: list(ids) for kind, ids in layer.items()}}
+                    for i, layer in enumerate(self.kept)
+                    if layer is not None
+                ],
+            }
+        )
 
     @classmethod
     def from_dict(cls, data: Mapping[str, Any]) -> Plan:
@@ -145,6 +270,8 @@ class Plan:
                 target=dict(data["target"]),
                 produced_by=dict(data["produced_by"]),
                 whole={k: tuple(map(int, ids)) for k, ids in data.get("kept", {}).items()},
+                sharing=Sharing.from_dict(data["shared"]) if "shared" in data else None,
+                skipped={k: tuple(map(int, ids)) for k, ids in data.get("skipped", {}).items()},
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"plan: malformed ({type(error).__name__}: {error})") from error

@@ -10,7 +10,11 @@ A target is one of
   integer arithmetic (``dropped = C - int(C * (1 - ratio))``, whole heads only), or in the model;
 * ``parameters``: the share of all parameters to remove, solved for; the realised share is in the
   plan;
-* ``blocks``: a number of whole blocks.
+* ``blocks``: a number of whole blocks (or of their attentions or MLPs);
+* ``layers``: the number of layers of a model that is made deeper.
+
+A method may put in the place of every removed block another one's weights with low-rank adapters
+(FlexiGPT). A share of parameters is then net: what the adapters add counts against it.
 
 Nothing here imports torch; the workflow calls ``check_reachable`` before anything runs.
 """
@@ -28,15 +32,20 @@ import numpy.typing as npt
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families.base import RESIDUAL
-from prunelib.plan import Plan
+from prunelib.plan import PARTS, Plan, SharedBlock, Sharing
 from prunelib.surgery import remaining_parameters
 
 if TYPE_CHECKING:
     from prunelib.families.base import Config, Family
 
 Scores = Mapping[str, Sequence[npt.NDArray[np.float64]]]
-TARGET_KINDS = ("parameters", "groups", "blocks")
+TARGET_KINDS = ("parameters", "groups", "blocks", "layers")
 RANKINGS = ("local", "global")
+ORDERS = ("block", "sequential")
+# Units that are ranked over all layers at once, one score per layer.
+DEPTH_KINDS = ("block", *PARTS)
+# Scores beside those of blocks: per block, its distance to every other one.
+DISTANCE = "distance"
 
 
 @dataclass(frozen=True)
@@ -44,8 +53,8 @@ class Target:
     """How much to remove, and where not.
 
     Attributes:
-        kind: ``parameters``, ``groups`` or ``blocks``.
-        value: a share in [0, 1), or a number of blocks.
+        kind: ``parameters``, ``groups``, ``blocks`` or ``layers``.
+        value: a share in [0, 1), or a number of blocks or layers.
         protect_first: number of first layers whose units stay, or their share of all layers, in
             (0, 1), rounded down to whole layers.
         protect_last: the same of the last layers.
@@ -63,10 +72,10 @@ class Target:
             raise InputError(
                 f"target kind {self.kind!r} is unknown; allowed: {', '.join(TARGET_KINDS)}"
             )
-        if self.kind == "blocks":
+        if self.kind in ("blocks", "layers"):
             if self.value != int(self.value) or self.value < 0:
                 raise InputError(
-                    f"target blocks: {self.value} given; a whole number from 0 allowed"
+                    f"target {self.kind}: {self.value} given; a whole number from 0 allowed"
                 )
         elif not 0 <= self.value < 1:
             raise InputError(
@@ -123,6 +132,103 @@ class Target:
 
 
 @dataclass(frozen=True)
+class Sharer:
+    """What layers that share another block's weights add to them.
+
+    Attributes:
+        rank: of the adapters: a number, or a share of the residual stream's width in (0, 1].
+        gain: initial gain of normalised outputs; None where they are not normalised.
+        svd: whether adapters begin as the truncated difference to the removed block.
+        seed: of random factors.
+    """
+
+    rank: float
+    gain: float | None
+    svd: bool
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        share = isinstance(self.rank, float)
+        if isinstance(self.rank, bool) or not (0 < self.rank <= 1 if share else self.rank >= 1):
+            raise InputError(
+                f"rank {self.rank!r} given; a whole number from 1, or a share in (0, 1], allowed"
+            )
+        if self.gain is not None and not (math.isfinite(self.gain) and self.gain > 0):
+            raise InputError(f"gain {self.gain} given; a number above 0 allowed")
+
+    def rank_of(self, family: Family, config: Config) -> int:
+        """Return the rank in a model."""
+        if isinstance(self.rank, float):
+            return max(round(self.rank * family.dimensions(config).hidden), 1)
+        return self.rank
+
+    def parameters(self, family: Family, config: Config) -> int:
+        """Return the parameters that one such layer adds."""
+        rank = self.rank_of(family, config)
+        return family.shared_parameters(config, rank, self.gain is not None)
+
+    def sharing(self, family: Family, config: Config, blocks: Sequence[SharedBlock]) -> Sharing:
+        """Return what a plan says of the layers ``blocks``."""
+        return Sharing(
+            blocks=tuple(blocks),
+            rank=self.rank_of(family, config),
+            gain=self.gain,
+            svd=self.svd,
+            seed=self.seed,
+            parameters=len(blocks) * self.parameters(family, config),
+        )
+
+
+@dataclass(frozen=True)
+class Repeat:
+    """Which blocks a deeper model repeats (arXiv 2501.14713, section 3.4).
+
+    Attributes:
+        start: first block that is repeated.
+        end: last block that is repeated.
+        order: ``block`` (a a b b c c) or ``sequential`` (a b c a b c).
+    """
+
+    start: int
+    end: int
+    order: str = "block"
+
+    def __post_init__(self) -> None:
+        if self.order not in ORDERS:
+            raise InputError(f"order {self.order!r} is unknown; allowed: {', '.join(ORDERS)}")
+        if not 0 <= self.start <= self.end:
+            raise InputError(f"start {self.start}, end {self.end} given; 0 <= start <= end allowed")
+
+    def blocks(self, layers: int, count: int) -> list[SharedBlock]:
+        """Return the repetitions that make ``count`` layers of ``layers``.
+
+        Raises:
+            InputError: the model has no such blocks, or that is no whole number of repetitions.
+        """
+        if self.end >= layers:
+            raise InputError(f"end {self.end} given; the model has blocks 0..{layers - 1}")
+        repeated = range(self.start, self.end + 1)
+        times, rest = divmod(count - layers, len(repeated))
+        if rest or times < 0:
+            raise InputError(
+                f"target layers {count}: repeating blocks {self.start}..{self.end} adds a multiple "
+                f"of {len(repeated)} to {layers} layers; allowed: "
+                f"{layers + len(repeated)}, {layers + 2 * len(repeated)}, ..."
+            )
+        if self.order == "sequential":
+            order = [*range(self.end + 1), *list(repeated) * times, *range(self.end + 1, layers)]
+        else:
+            order = [i for i in range(layers) for _ in range(times + 1 if i in repeated else 1)]
+        seen: set[int] = set()
+        shared = []
+        for place, block in enumerate(order):
+            if block in seen:
+                shared.append(SharedBlock(place, block, block))
+            seen.add(block)
+        return shared
+
+
+@dataclass(frozen=True)
 class Rule:
     """How units are ranked.
 
@@ -131,11 +237,15 @@ class Rule:
             that runs through the whole model is alone.
         ranking: ``local`` or ``global``.
         round_to: kept MLP channels per layer, or residual channels, are a multiple of this.
+        sharer: what stands in the place of removed blocks, or repeats them; None: nothing.
+        repeat: which blocks are repeated, by a method that removes none.
     """
 
     kinds: tuple[str, ...]
     ranking: str = "local"
     round_to: int = 1
+    sharer: Sharer | None = None
+    repeat: Repeat | None = None
 
     def __post_init__(self) -> None:
         if self.ranking not in RANKINGS:
@@ -270,10 +380,18 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
         InputError: with what was asked for and the most that can be had.
     """
     layers = prunable_layers(family, config, target)
-    if rule.kinds == ("block",):
-        blocks = block_count(family, config, target)
+    if rule.repeat is not None:
+        _check_repeat(family, config, target, rule.repeat)
+        return
+    if target.kind == "layers":
+        raise InputError(f"target layers: this method prunes {', '.join(rule.kinds)}")
+    if rule.kinds[0] in DEPTH_KINDS:
+        blocks = block_count(family, config, target, rule)
         count = family.dimensions(config).layers
-        if blocks >= count:
+        if rule.kinds[0] in PARTS:
+            family.check_parts(config, rule.kinds[0])
+        # A model may lose all its MLPs or attentions; a removed block leaves nothing to share.
+        if blocks > count or (blocks == count and rule.kinds == ("block",)):
             raise InputError(
                 f"target {target.kind} {target.value}: would remove {blocks} of "
                 f"{count} blocks; at least one must stay"
@@ -305,16 +423,63 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
                 )
 
 
-def block_count(family: Family, config: Config, target: Target) -> int:
-    """Return the number of blocks to remove: the one nearest to the target.
+def _check_repeat(family: Family, config: Config, target: Target, repeat: Repeat) -> None:
+    """Refuse a target that says nothing of a deeper model, or no whole number of repetitions."""
+    if target.kind == "layers":
+        repeat.blocks(family.dimensions(config).layers, int(target.value))
+    elif target.value:
+        raise InputError(
+            f"target {target.kind}: this method repeats blocks and removes none; allowed: layers"
+        )
 
-    A ``groups`` ratio is a share of the blocks, a ``parameters`` ratio a share of all parameters.
+
+def block_count(family: Family, config: Config, target: Target, rule: Rule) -> int:
+    """Return the number of blocks (or parts of blocks) to remove: the one nearest to the target.
+
+    A ``groups`` ratio is a share of the blocks, a ``parameters`` ratio a share of all parameters,
+    net of what stands in the place of a removed block.
+
+    Raises:
+        InputError: what stands in a block's place is no smaller than the block.
     """
     if target.kind == "blocks":
         return int(target.value)
     if target.kind == "groups":
         return round(target.value * family.dimensions(config).layers)
-    return round(target.value * family.parameters(config) / family.block_parameters(config))
+    each = family.part_parameters(config, rule.kinds[0])
+    if rule.sharer is not None:
+        added = rule.sharer.parameters(family, config)
+        if added >= each:
+            raise InputError(
+                f"rank {rule.sharer.rank_of(family, config)}: adapters and vectors of a block have "
+                f"{added:,} parameters, the block {each:,}; a smaller rank allowed"
+            )
+        each -= added
+    return round(target.value * family.parameters(config) / each)
+
+
+def _bases(removed: Sequence[int], distances: Sequence[npt.NDArray[np.float64]]) -> dict[int, int]:
+    """Return for every removed block the nearest one that stays; ties go to the closer index."""
+    stay = [j for j in range(len(distances)) if j not in set(removed)]
+    return {i: min(stay, key=lambda j: (distances[i][j], abs(i - j), j)) for i in removed}
+
+
+def _shared(
+    removed: Sequence[int], scores: Scores, family: Family, config: Config, sharer: Sharer
+) -> Sharing | None:
+    """Return what stands in the place of the removed blocks."""
+    count = family.dimensions(config).layers
+    distances = scores.get(DISTANCE, ())
+    if len(distances) != count or any(len(row) != count for row in distances):
+        raise InputError(f"scores: {DISTANCE} must be {count} arrays of {count} distances")
+    for i in removed:
+        bad = [j for j in range(count) if j != i and not np.isfinite(distances[i][j])]
+        if bad:
+            raise NonFiniteError(f"scores: {DISTANCE} of blocks {i} and {bad[0]} is not finite")
+    bases = _bases(removed, distances)
+    # Nothing moves: a replaced block is where the removed one was.
+    blocks = [SharedBlock(i, bases[i], i) for i in sorted(removed)]
+    return sharer.sharing(family, config, blocks) if blocks else None
 
 
 def select(
@@ -348,14 +513,28 @@ def select(
     if previous is not None:
         scores = _behind(scores, previous, rule)
     count = family.dimensions(config).layers
-    kinds = {} if rule.kinds == ("block",) else {k: family.kind(config, k) for k in rule.kinds}
+    depth = rule.kinds[0] in DEPTH_KINDS
+    kinds = {} if depth else {k: family.kind(config, k) for k in rule.kinds}
     everything = {n: tuple(range(kind.count)) for n, kind in kinds.items() if not kind.whole}
     kept: list[dict[str, tuple[int, ...]] | None] = [dict(everything) for _ in range(count)]
     whole: dict[str, tuple[int, ...]] = {}
-    if rule.kinds == ("block",):
-        order = np.argsort(scores["block"][0], kind="stable")
-        for index in order[: block_count(family, config, target)]:
-            kept[int(index)] = None
+    sharing: Sharing | None = None
+    skipped: dict[str, tuple[int, ...]] = {}
+    if rule.repeat is not None:
+        assert rule.sharer is not None
+        wanted = int(target.value) if target.kind == "layers" else count
+        if blocks := rule.repeat.blocks(count, wanted):
+            sharing = rule.sharer.sharing(family, config, blocks)
+    elif depth:
+        order = np.argsort(scores[rule.kinds[0]][0], kind="stable")
+        gone = sorted(int(i) for i in order[: block_count(family, config, target, rule)])
+        if rule.kinds == ("block",):
+            for index in gone:
+                kept[index] = None
+        elif gone:
+            skipped[rule.kinds[0]] = tuple(gone)
+        if rule.sharer is not None:
+            sharing = _shared(gone, scores, family, config, rule.sharer)
     elif len(everything) < len(kinds):
         for kind, dropped in local_counts(family, config, target, rule).items():
             whole[kind] = _highest(scores[kind][0], dropped)
@@ -371,10 +550,16 @@ def select(
         model_type=str(config["model_type"]),
         kept=tuple(kept),
         units={name: kind.count for name, kind in kinds.items()},
-        parameters=(family.parameters(config), remaining_parameters(family, config, kept, whole)),
+        parameters=(
+            family.parameters(config),
+            remaining_parameters(family, config, kept, whole, skipped)
+            + (sharing.parameters if sharing else 0),
+        ),
         target=target.to_dict(),
         produced_by=dict(produced_by),
         whole=whole,
+        sharing=sharing,
+        skipped=skipped,
     )
 
 
@@ -410,7 +595,7 @@ def check_iterative(kinds: Sequence[str]) -> None:
         InputError: blocks, which are ranked at once, or residual channels, whose norms would count
             the zeros in.
     """
-    if kinds in (("block",), (RESIDUAL,)):
+    if kinds[0] in (*DEPTH_KINDS, RESIDUAL):
         raise InputError(
             f"iterative_steps: not for {kinds[0]} units; allowed: methods that prune heads and MLP "
             "channels"
@@ -484,8 +669,7 @@ def _check_scores(scores: Scores, family: Family, config: Config, rule: Rule) ->
         if kind not in scores:
             raise InputError(f"scores: kind {kind!r} is missing; given: {', '.join(scores)}")
         arrays = scores[kind]
-        block = kind == "block"
-        if block:
+        if kind in DEPTH_KINDS:
             expected = (1, count)
         else:
             unit = family.kind(config, kind)

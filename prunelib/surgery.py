@@ -58,7 +58,11 @@ def _positions(
 
 
 def remaining_parameters(
-    family: Family, config: Config, kept: Kept, whole: Mapping[str, Sequence[int]] | None = None
+    family: Family,
+    config: Config,
+    kept: Kept,
+    whole: Mapping[str, Sequence[int]] | None = None,
+    skipped: Mapping[str, Sequence[int]] | None = None,
 ) -> int:
     """Count the parameters of the model that ``kept`` leaves, without any weights.
 
@@ -67,6 +71,7 @@ def remaining_parameters(
         config: config.json of the unpruned model.
         kept: per layer, kept unit ids by kind, or None for a removed block.
         whole: kept unit ids of the kinds that run through the whole model.
+        skipped: by part of a block, the layers that lose it.
     """
     shapes = family.layer_shapes(config)
     cut = {
@@ -91,6 +96,8 @@ def remaining_parameters(
                 sizes[name][axis] = len(positions)
             counted[identity] = sum(math.prod(size) for size in sizes.values())
         total += counted[identity]
+    for part, layers in (skipped or {}).items():
+        total -= len(layers) * family.part_parameters(config, part)
     return total
 
 
@@ -98,6 +105,8 @@ def prune_tensors(
     tensors: Iterable[tuple[str, torch.Tensor]], family: Family, config: Config, plan: Plan
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the pruned model: kept rows and columns, layers numbered anew.
+
+    What layers that share weights hold of their own is not among them, see ``replacement``.
 
     Args:
         tensors: (name, tensor) pairs of the unpruned model, in any order.
@@ -111,11 +120,11 @@ def prune_tensors(
     import torch
 
     check_plan(plan, family, config)
-    new_index = {old: new for new, old in enumerate(plan.kept_layers)}
+    new_index = plan.places
     positions = _positions(family, config, plan.kept, plan.whole)
     for name, tensor in tensors:
         place = layer_of(name, family.layer_prefix)
-        if place is not None and place[0] not in new_index:
+        if place is not None and (place[0] not in new_index or _is_skipped(plan, family, *place)):
             continue
         for axis, keep in positions.get(name, {}).items():
             if len(keep) != tensor.shape[axis]:
@@ -124,6 +133,13 @@ def prune_tensors(
         if place is not None:
             name = f"{family.layer_prefix}.{new_index[place[0]]}.{place[1]}"
         yield name, tensor
+
+
+def _is_skipped(plan: Plan, family: Family, layer: int, name: str) -> bool:
+    """Whether a parameter, named relative to its layer, belongs to a part that the layer loses."""
+    return any(
+        layer in layers and family.part_of(name) == part for part, layers in plan.skipped.items()
+    )
 
 
 def zero_tensors(
@@ -152,7 +168,10 @@ def zero_tensors(
                 shape = [-1 if a == axis else 1 for a in range(tensor.ndim)]
                 tensor = tensor * mask.view(shape)
         place = layer_of(name, family.layer_prefix)
-        if place is not None and plan.kept[place[0]] is None and name.endswith(".bias"):
+        if place is not None and (
+            (plan.kept[place[0]] is None and name.endswith(".bias"))
+            or _is_skipped(plan, family, *place)
+        ):
             tensor = tensor.new_zeros(tensor.shape)
         yield name, tensor
 
@@ -202,14 +221,19 @@ def pad_tensors(
                 tensor = padded
         yield f"{family.layer_prefix}.{old}.{rest}", tensor
     if like is not None:
-        for old in plan.removed_blocks:
+        for old in range(len(plan.kept)):
             for rest, shape in shapes.items():
-                yield f"{family.layer_prefix}.{old}.{rest}", like.new_zeros(shape)
+                if plan.kept[old] is None or _is_skipped(plan, family, old, rest):
+                    yield f"{family.layer_prefix}.{old}.{rest}", like.new_zeros(shape)
 
 
 def pruned_config(family: Family, config: Config, plan: Plan) -> tuple[dict[str, Any], bool]:
     """Return the config.json of the pruned model, and whether stock transformers builds it."""
     check_plan(plan, family, config)
+    for part in plan.skipped:
+        family.check_parts(config, part)
+    if plan.sharing or any(plan.skipped.values()):
+        return family.virtual_config(config, *_virtual_layers(plan)), False
     if not plan.removed_blocks and (
         remaining_parameters(family, config, plan.kept, plan.whole) == family.parameters(config)
     ):
@@ -220,8 +244,38 @@ def pruned_config(family: Family, config: Config, plan: Plan) -> tuple[dict[str,
     return family.pruned_config(config, widths, plan.kept_layers)
 
 
+def _virtual_layers(plan: Plan) -> tuple[list[int], list[dict[str, Any]]]:
+    """Return, per layer of the new model, the original one that it is or stands for, and its entry.
+
+    The entries are those of the config's ``virtual_layers``.
+    """
+    sources: list[int] = []
+    entries: list[dict[str, Any]] = []
+    for layer in plan.layers:
+        if isinstance(layer, int):
+            sources.append(layer)
+            parts = [part for part, layers in plan.skipped.items() if layer in layers]
+            entries.append({"without": parts[0]} if parts else {})
+        else:
+            assert plan.sharing is not None
+            sources.append(layer.like)
+            entries.append(
+                {
+                    "base": plan.places[layer.base],
+                    "rank": plan.sharing.rank,
+                    "normalise": plan.sharing.gain is not None,
+                }
+            )
+    return sources, entries
+
+
 def _check_zero_blocks(plan: Plan, family: Family, config: Config) -> None:
-    if plan.removed_blocks and not family.zero_block_is_neutral(config):
+    if plan.sharing:
+        raise InputError(
+            "a plan whose layers share weights cannot be written with zeros in the place of what "
+            "is removed: its adapters and norms have no place in the stock architecture"
+        )
+    if (plan.removed_blocks or plan.skipped) and not family.zero_block_is_neutral(config):
         raise InputError(
             f"this {config['model_type']} model normalises the residual stream in every block: "
             "a removed block cannot be written as zeros"

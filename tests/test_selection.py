@@ -183,7 +183,7 @@ def test_more_is_removed_from_a_superset() -> None:
 def test_shortgpt_takes_the_nearest_block_count() -> None:
     family = family_of(SMOLLM2)
     # 26.9 M of 134.5 M parameters over 3,540,096 a block = 7.6 blocks.
-    assert block_count(family, SMOLLM2, Target("parameters", 0.2)) == 8
+    assert block_count(family, SMOLLM2, Target("parameters", 0.2), Rule(("block",))) == 8
     rule = Rule(("block",))
     scores = {"block": [np.array([9, 1, 8, 2, *range(10, 36)], float)]}
     plan = select(scores, family, SMOLLM2, Target("blocks", 2), rule, {})

@@ -29,6 +29,9 @@ Config = Mapping[str, Any]
 Shape = tuple[int, ...]
 
 RESIDUAL = "residual_channel"
+# The field of a config whose layers share weights or lack a part, and the file of their classes.
+VIRTUAL = "virtual_layers"
+SHARED_MODULE = "modeling_shared"
 
 
 @dataclass(frozen=True, eq=False)
@@ -198,17 +201,24 @@ def per_layer(
     }
 
 
+def class_title(config: Config) -> str:
+    """Return what the classes of an architecture begin with, e.g. ``Llama``."""
+    model_type = str(config["model_type"]).removeprefix("pruned_")
+    return "OPT" if model_type == "opt" else model_type.capitalize()
+
+
 def refuse_pruned(config: Config) -> None:
     """Refuse a config whose layers differ already.
 
     Raises:
-        InputError: it has ``per_layer_config``.
+        InputError: it has ``per_layer_config`` or ``virtual_layers``.
     """
-    if config.get("per_layer_config"):
-        raise InputError(
-            "the model is already pruned layer by layer (config.json has per_layer_config); "
-            "prune the original model instead"
-        )
+    for key in ("per_layer_config", VIRTUAL):
+        if config.get(key):
+            raise InputError(
+                f"the model is already pruned layer by layer (config.json has {key}); "
+                "prune the original model instead"
+            )
 
 
 class Family(ABC):
@@ -220,6 +230,11 @@ class Family(ABC):
     last_norm: ClassVar[str]
     # The embedding of tokens, which a tied head shares.
     embedding: ClassVar[str]
+    # By part of a block, its modules in a layer; the last is the norm that it begins with.
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("self_attn", "input_layernorm"),
+        "mlp": ("mlp", "post_attention_layernorm"),
+    }
     # Whether transformers' code of it always forms the scores of all pairs of positions.
     plain_attention: ClassVar[bool] = False
 
@@ -268,6 +283,117 @@ class Family(ABC):
     @abstractmethod
     def modeling_file(self) -> str:
         """Return the path of the self-contained modelling file saved beside non-stock weights."""
+
+    def classes(self, config: Config) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
+        """Return the classes of a config, also of one with layers that share weights."""
+        if VIRTUAL not in config:
+            return self.model_class(config)
+        from prunelib.families import modeling_shared
+
+        title = class_title(config)
+        return (
+            getattr(modeling_shared, f"Shared{title}Config"),
+            getattr(modeling_shared, f"Shared{title}ForCausalLM"),
+        )
+
+    def source_file(self, config: Config) -> str:
+        """Return the path of the modelling file that a config needs which is not stock."""
+        if VIRTUAL not in config:
+            return self.modeling_file()
+        from prunelib.families import modeling_shared
+
+        return modeling_shared.__file__
+
+    def virtual_config(
+        self, config: Config, sources: Sequence[int], layers: Sequence[Mapping[str, Any]]
+    ) -> dict[str, Any]:
+        """Return the config of a model whose layers share weights or lack a part.
+
+        Args:
+            config: config.json of the unpruned model.
+            sources: per layer of the new model, the original layer that it is or stands for.
+            layers: per layer, what is its own, see ``modeling_shared.py``.
+        """
+        whole = [self.widths(config, {})] * len(sources)
+        new, _ = self.pruned_config(config, whole, sources)
+        title = class_title(new)
+        return new | {
+            "model_type": f"pruned_{new['model_type']}",
+            "architectures": [f"Shared{title}ForCausalLM"],
+            "auto_map": {
+                "AutoConfig": f"{SHARED_MODULE}.Shared{title}Config",
+                "AutoModelForCausalLM": f"{SHARED_MODULE}.Shared{title}ForCausalLM",
+            },
+            # Whoever reads the file without its classes, as tokenizers do, looks for this name.
+            "num_hidden_layers": len(sources),
+            VIRTUAL: [dict(layer) for layer in layers],
+        }
+
+    def output_maps(self, config: Config) -> tuple[str, ...]:
+        """Return the linear maps of a layer whose outputs join the residual stream."""
+        kinds = self.units(config)
+        return tuple(
+            part.parameter.removesuffix(".weight")
+            for name in ("kv_group", "mlp_channel")
+            for part in kinds[name].slices
+            if part.axis == 1
+        )
+
+    def shared_shapes(self, config: Config, rank: int, normalised: bool) -> dict[str, Shape]:
+        """Return the parameters of a layer that shares another block's matrices.
+
+        A matrix [out, in] becomes its adapter's factors ``A`` [out, r] and ``B`` [r, in] (the
+        paper's names, arXiv 2501.14713, section 3.2; peft calls them B and A), r being at most the
+        matrix's rank. Norms are the layer's own, and so are biases, as what they differ by. With
+        ``normalised`` outputs there is a ``gain`` [out] per output map.
+        """
+        shapes: dict[str, Shape] = {}
+        for name, shape in self.layer_shapes(config).items():
+            if len(shape) != 2:
+                shapes[name] = shape
+                continue
+            module, most = name.removesuffix(".weight"), min(rank, *shape)
+            shapes[f"{module}.A"] = (shape[0], most)
+            shapes[f"{module}.B"] = (most, shape[1])
+            if normalised and module in self.output_maps(config):
+                shapes[f"{module}.gain"] = (shape[0],)
+        return shapes
+
+    def shared_parameters(self, config: Config, rank: int, normalised: bool) -> int:
+        """Return the number of parameters of a layer that shares another block's matrices."""
+        return sum(map(math.prod, self.shared_shapes(config, rank, normalised).values()))
+
+    def part_of(self, name: str) -> str:
+        """Return the part of a block that owns the parameter ``name``, relative to the layer."""
+        for part, modules in self.parts.items():
+            if name.startswith(tuple(f"{module}." for module in modules)):
+                return part
+        raise InputError(f"parameter {name!r} belongs to no part of a block")
+
+    def part_parameters(self, config: Config, part: str) -> int:
+        """Return the number of parameters of one unpruned layer's attention or MLP, or of all."""
+        return sum(
+            math.prod(shape)
+            for name, shape in self.layer_shapes(config).items()
+            if part in ("block", self.part_of(name))
+        )
+
+    def check_parts(self, config: Config, part: str) -> None:
+        """Refuse to remove a part of a block where what stays would compute something else.
+
+        Raises:
+            InputError: a block normalises the residual stream, or caches differ by layer.
+        """
+        if not self.zero_block_is_neutral(config):
+            raise InputError(
+                f"remove {part}: this {config['model_type']} model normalises the residual stream "
+                "in every block; allowed: block"
+            )
+        if part == "attention" and len(set(config.get("layer_types") or ())) > 1:
+            raise InputError(
+                "remove attention: the layers of this model differ in their attention "
+                "(layer_types), and so do their caches; allowed: block, mlp"
+            )
 
     def layers(self, model: PreTrainedModel) -> nn.ModuleList:
         """Return the model's decoder layers."""

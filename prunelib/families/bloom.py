@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -60,6 +60,10 @@ class BloomFamily(Family):
     last_norm = "transformer.ln_f"
     embedding = "transformer.word_embeddings.weight"
     plain_attention = True
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("self_attention", "input_layernorm"),
+        "mlp": ("mlp", "post_attention_layernorm"),
+    }
 
     def check(self, config: Config) -> None:
         """Refuse what the modelling file does not compute."""

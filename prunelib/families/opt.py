@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 
@@ -60,6 +60,10 @@ class OptFamily(Family):
     layer_prefix = "model.decoder.layers"
     last_norm = "model.decoder.final_layer_norm"
     embedding = "model.decoder.embed_tokens.weight"
+    parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
+        "attention": ("self_attn", "self_attn_layer_norm"),
+        "mlp": ("fc1", "fc2", "final_layer_norm"),
+    }
 
     def check(self, config: Config) -> None:
         """Refuse configs whose widths already differ by layer or do not divide."""
