@@ -81,6 +81,14 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("glm", "mini_llm", {"perturbation": "gates", "heads": "query_slot"}),
         ("opt", "wanda_noise", {}),
         *((name, "shortgpt", {}) for name in FAMILIES),
+        ("bloom", "shortgpt", {"remove": "attention", "recompute": True}),
+        ("opt", "shortgpt", {"remove": "mlp"}),
+        ("llama", "flexigpt", {"rank": 4}),
+        ("glm", "flexigpt", {"rank": 0.25, "distance": "scaled", "normalise": False}),
+        ("opt", "flexigpt", {"rank": 4, "distance": "frobenius", "recompute": True}),
+        ("bloom", "flexigpt", {"rank": 4, "distance": "nearest", "svd_init": False}),
+        ("opt", "flexigpt_extend", {"rank": 4, "start": 1, "end": 2}),
+        ("glm", "flexigpt_extend", {"rank": 4, "start": 1, "end": 2}),
         *((name, "first_layers", {}) for name in FAMILIES),
     ],
 )
@@ -141,12 +149,22 @@ def test_every_step(
     )
     first = 0 if channel else 1
     target = {"kind": "groups", "value": 0.34, "protect_first": first, "protect_last": 0}
+    extends = method == "flexigpt_extend"
+    if extends:
+        target = {"kind": "layers", "value": 6}
     smaller = step(
         prune, "pruned", chosen | {"variant": method, "target": target}, model=model, scores=scores
     )
     plan = Plan.load(smaller)
-    if method == "shortgpt":
+    if parameters.get("remove"):
+        assert [len(layers) for layers in plan.skipped.values()] == [1]
+        assert set(plan.skipped) == {parameters["remove"]}
+    elif method in ("shortgpt", "flexigpt"):
         assert len(plan.removed_blocks) == 1
+        assert (method == "flexigpt") == (plan.sharing is not None)
+    elif extends:
+        assert plan.sharing is not None
+        assert [(b.place, b.base) for b in plan.sharing.blocks] == [(2, 1), (4, 2)]
     elif method == "first_layers":
         assert plan.kept_layers == (0, 1, 2)
     elif channel:
@@ -181,8 +199,11 @@ def test_every_step(
     adapter = step(
         recover, "adapter", RUN | {"recipe": RECIPE, "seed": 0}, checkpoint=smaller, text=text
     )
-    targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
-    assert set(targets) == FAMILIES[name]
+    if plan.sharing is None:
+        targets = json.loads((adapter / "adapter_config.json").read_text())["target_modules"]
+        assert {target.rpartition(".")[2] for target in targets} == FAMILIES[name]
+    else:
+        assert {path.name for path in adapter.glob("*.safetensors")} == {"trained.safetensors"}
     merged = step(merge, "merged", {}, checkpoint=smaller, adapter=adapter)
     assert (merged / "config.json").read_bytes() == (smaller / "config.json").read_bytes()
     ids = torch.arange(3, 19).view(2, 8)
@@ -196,10 +217,11 @@ def test_every_step(
         metrics("after", checkpoint=smaller, adapter=adapter),
         metrics("merged", checkpoint=merged),
     )
-    assert (
-        small[1]["parameters"] == plan.parameters[1] < dense[1]["parameters"] == plan.parameters[0]
-    )
-    assert small[1]["macs"]["macs"] < dense[1]["macs"]["macs"]
+    assert small[1]["parameters"] == plan.parameters[1] == one[1]["parameters"]
+    assert dense[1]["parameters"] == plan.parameters[0]
+    assert (small[1]["parameters"] < dense[1]["parameters"]) != extends
+    # Shared blocks are computed as often as they are used.
+    assert (small[1]["macs"]["macs"] < dense[1]["macs"]["macs"]) == (plan.sharing is None)
     assert len({row[0]["perplexity"] for row in (dense, small, after)}) == 3
     assert one[0]["perplexity"] == pytest.approx(after[0]["perplexity"], rel=1e-4)
 

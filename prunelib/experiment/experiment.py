@@ -30,9 +30,6 @@ from prunelib.methods.base import Method
 from prunelib.selection import Target, check_reachable
 from prunelib.statistics import WITHIN
 
-# Selection only: two variants that differ in these share their scores.
-_SELECTION_FIELDS = ("ranking", "round_to", "iterative_steps")
-
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -382,16 +379,16 @@ class Experiment:
     def _seeded(self, method: Method) -> bool:
         return bool(method.statistics) or method.seeded
 
-    def _scored_with(self, variant: str) -> dict[str, Any]:
+    def _scored_with(self, variant: str, method: Method) -> dict[str, Any]:
         """Return the hyper-parameters of a variant that its scores depend on."""
         given = self.catalogues["methods"][variant].get("parameters", {})
-        return {key: value for key, value in given.items() if key not in _SELECTION_FIELDS}
+        return {key: value for key, value in given.items() if key not in method.selection_fields}
 
     @cache  # noqa: B019
     def _scores(self, model: str, variant: str, seed: int, previous: Node | None = None) -> Node:
         entry = self.catalogues["methods"][variant]
         method = self.methods[variant]
-        parameters = self._scored_with(variant)
+        parameters = self._scored_with(variant, method)
         params = {
             "method": entry["method"],
             "parameters": parameters,
@@ -408,7 +405,8 @@ class Experiment:
         first = next(
             name
             for name, other in self.catalogues["methods"].items()
-            if other["method"] == entry["method"] and self._scored_with(name) == parameters
+            if other["method"] == entry["method"]
+            and self._scored_with(name, method) == parameters
         )
         labels = (model, first, *((f"seed{seed}",) if self._seeded(method) else ()), *after)
         modules = (method_module(entry["method"]), self._family(model))

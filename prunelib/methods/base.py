@@ -77,6 +77,8 @@ class Method(ABC):
             scores of what the steps before left (LLM-Pruner's option of that name).
         strategies: the values of ``strategy`` that the method has scores for.
         seeded: whether scores depend on the seed even without calibration data.
+        selection_fields: hyper-parameters that no score depends on; variants that differ in these
+            alone share their scores.
         title: name for tables.
         citation: BibTeX.
     """
@@ -89,6 +91,7 @@ class Method(ABC):
 
     strategies: ClassVar[tuple[str, ...]] = ("block",)
     seeded: ClassVar[bool] = False
+    selection_fields: ClassVar[tuple[str, ...]] = ("ranking", "round_to", "iterative_steps")
     title: ClassVar[str]
     citation: ClassVar[str]
 

@@ -2,19 +2,72 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import ClassVar
+from typing import Any, ClassVar
+
+import numpy as np
 
 from prunelib.criteria.fold import Array
+from prunelib.errors import InputError
 from prunelib.methods.base import Method, ScoringInputs
+from prunelib.plan import PARTS
 
 
 @dataclass(frozen=True, kw_only=True)
-class ShortGpt(Method):
-    """Block influence ``1 - E cos(X_i, X_{i+1})``; protected layers do not apply to it."""
+class BlockInfluence(Method):
+    """Block influence ``1 - E cos(X_i, X_{i+1})``; protected layers do not apply to it.
 
-    statistics: ClassVar[tuple[str, ...]] = ("activations",)
-    kinds: ClassVar[tuple[str, ...]] = ("block",)
+    Attributes:
+        recompute: whether influences are taken anew after every removal, of what is left; the
+            paper takes them once.
+    """
+
+    recompute: bool = False
+
+    @property
+    def removed(self) -> str:
+        """What is removed: whole blocks."""
+        return "block"
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """As ``removed`` says."""
+        return (self.removed,)
+
+    @property
+    def statistics(self) -> tuple[str, ...]:
+        """The shared pass has the influence of whole blocks."""
+        plain = self.removed == "block" and not self.recompute
+        return ("activations",) if plain else ("influence",)
+
+    @property
+    def statistic_options(self) -> Mapping[str, Mapping[str, Any]]:
+        """What is removed, and how."""
+        return {"influence": {"part": self.removed, "recompute": self.recompute}}
+
+    def scores(self, inputs: ScoringInputs) -> dict[str, list[Array]]:
+        """Return the influence of all blocks or parts, or their place in the greedy order."""
+        if self.statistics == ("activations",):
+            found = inputs.statistics["activations"]["block_influence"].double().numpy()
+        elif self.recompute:
+            # What goes first has the lowest score.
+            found = np.argsort(inputs.statistics["influence"]["order"].numpy()).astype(np.float64)
+        else:
+            found = inputs.statistics["influence"]["influence"].numpy()
+        return {self.removed: [found]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class ShortGpt(BlockInfluence):
+    """The blocks with the least influence go, at once and without training.
+
+    Attributes:
+        remove: ``block``, or ``attention`` or ``mlp`` alone, with the influence of that part.
+    """
+
+    remove: str = "block"
+
     title: ClassVar[str] = "ShortGPT"
     citation: ClassVar[str] = """@article{men2024shortgpt,
   title = {{ShortGPT}: Layers in Large Language Models are More Redundant Than You Expect},
@@ -24,10 +77,16 @@ class ShortGpt(Method):
   year = {2024}
 }"""
 
-    def scores(self, inputs: ScoringInputs) -> dict[str, list[Array]]:
-        """Return the block influence of all blocks, one array [layers]."""
-        influence: Array = inputs.statistics["activations"]["block_influence"].double().numpy()
-        return {"block": [influence]}
+    def __post_init__(self) -> None:
+        if self.remove not in ("block", *PARTS):
+            raise InputError(
+                f"remove {self.remove!r} is unknown; allowed: block, {', '.join(PARTS)}"
+            )
+
+    @property
+    def removed(self) -> str:
+        """As ``remove`` says."""
+        return self.remove
 
 
 METHOD = ShortGpt

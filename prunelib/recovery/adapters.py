@@ -15,6 +15,8 @@ from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.provenance import artefact
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     import torch
     from peft import LoraConfig
     from transformers import PreTrainedModel
@@ -97,6 +99,21 @@ def merge(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     return merged
 
 
+def shared_parameters(model: PreTrainedModel) -> dict[str, torch.nn.Parameter]:
+    """Return what recovery trains of layers that share weights, by name in the model.
+
+    The factors of their adapters and their gains; norms and biases stay as they are.
+    """
+    from prunelib.families.modeling_shared import SharedLinear
+
+    found: dict[str, torch.nn.Parameter] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, SharedLinear):
+            own = {"A": module.A, "B": module.B, "gain": module.gain}
+            found |= {f"{name}.{key}": value for key, value in own.items() if value is not None}
+    return found
+
+
 def _load(model: PreTrainedModel, adapter: Path) -> Any:
     """Return the peft model, or None where there are only parameters that were trained."""
     from peft import get_peft_model, set_peft_model_state_dict
@@ -105,8 +122,11 @@ def _load(model: PreTrainedModel, adapter: Path) -> Any:
         raise InputError(
             f"{adapter}: adapter_model.bin is a pickle and is refused; allowed: {WEIGHTS}"
         )
+    shared = shared_parameters(model)
+    if shared and not (adapter / TRAINED).is_file():
+        raise IntegrityError(f"{adapter}: {TRAINED} is missing")
     if (adapter / TRAINED).is_file():
-        _set_trained(model, adapter / TRAINED)
+        _set_trained(model, adapter / TRAINED, shared)
         if not (adapter / WEIGHTS).exists() and not (adapter / CONFIG).exists():
             return None
     if not (adapter / WEIGHTS).is_file():
@@ -135,12 +155,19 @@ def _tensors(path: Path) -> dict[str, torch.Tensor]:
     return tensors
 
 
-def _set_trained(model: PreTrainedModel, path: Path) -> None:
-    """Give the parameters in ``path`` their trained values, in the model's own precision."""
+def _set_trained(model: PreTrainedModel, path: Path, needed: Iterable[str]) -> None:
+    """Give the parameters in ``path`` their trained values, in the model's own precision.
+
+    Args:
+        model: the model.
+        path: the file.
+        needed: names that must be in it.
+    """
     import torch
 
     tensors, parameters = _tensors(path), dict(model.named_parameters())
-    expected = {name: tuple(parameters[name].shape) for name in tensors if name in parameters}
+    names = {*(name for name in tensors if name in parameters), *needed}
+    expected = {name: tuple(parameters[name].shape) for name in names}
     _check_shapes({name: tuple(t.shape) for name, t in tensors.items()}, expected, path)
     with torch.no_grad():
         for name, tensor in tensors.items():
@@ -188,8 +215,9 @@ def _expected(model: PreTrainedModel, config: LoraConfig) -> dict[str, tuple[int
 
     shapes: dict[str, tuple[int, ...]] = {}
     for name, module in model.named_modules():
-        target = name.rpartition(".")[2]
-        if isinstance(module, torch.nn.Linear) and target in (config.target_modules or ()):
+        # As peft matches them: a whole name, or how it ends.
+        ends = tuple(f".{target}" for target in (config.target_modules or ()))
+        if isinstance(module, torch.nn.Linear) and f".{name}".endswith(ends):
             prefix = f"base_model.model.{name}"
             shapes[f"{prefix}.lora_A.weight"] = (config.r, module.in_features)
             shapes[f"{prefix}.lora_B.weight"] = (module.out_features, config.r)

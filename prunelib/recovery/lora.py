@@ -31,7 +31,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from prunelib.errors import InputError, NonFiniteError, PrunelibError
-from prunelib.recovery.adapters import TRAINED
+from prunelib.families.base import VIRTUAL
+from prunelib.recovery.adapters import TRAINED, shared_parameters
 from prunelib.recovery.parallel import ALONE, Processes
 from prunelib.recovery.state import TrainingState, jsonl, load_state, save_state
 
@@ -87,6 +88,9 @@ class LoraRecipe:
         save_every: optimiser steps between two saved states.
         eval_every: optimiser steps between two looks at the validation part; the best adapter by
             its loss is kept. None keeps the last adapter.
+        kept_lora: whether a model whose layers share weights gets LoRA adapters, too, on the
+            matrices that it has of its own. What is trained there in any case are the sharing
+            layers' adapters and gains.
 
     Raises:
         InputError: a value is out of its range.
@@ -113,6 +117,7 @@ class LoraRecipe:
     length: int = 256
     save_every: int = 50
     eval_every: int | None = None
+    kept_lora: bool = False
 
     def __post_init__(self) -> None:
         for name in ("r", "alpha", "batch", "micro_batch", "processes", "epochs", "save_every"):
@@ -149,6 +154,10 @@ class LoraRecipe:
             raise InputError(
                 f"recovery recipe: train is {self.train!r}; allowed: different patterns of the "
                 "names of parameters"
+            )
+        if not isinstance(self.kept_lora, bool):
+            raise InputError(
+                f"recovery recipe: kept_lora is {self.kept_lora!r}; allowed: true, false"
             )
         if self.batch % (self.micro_batch * self.processes):
             times = f" times processes {self.processes}" if self.processes > 1 else ""
@@ -317,7 +326,8 @@ def recover(
     """Train LoRA adapters of ``model`` on ``data`` and write them to ``out`` (Hu et al. 2021).
 
     Written: ``adapter_model.safetensors`` and ``adapter_config.json`` (peft's format),
-    ``trained.safetensors`` where the recipe trains parameters themselves (their new values),
+    ``trained.safetensors`` where parameters are trained themselves (their new values; those of
+    layers that share weights take the place of LoRA adapters),
     ``loss.jsonl`` (per optimiser step: step from 1, mean loss in nats per target, learning rate,
     tokens read and positions computed so far, which padding is part of, and the validation loss
     where it was taken) and ``meta.json``. With
@@ -591,12 +601,14 @@ def _identity(
 
 
 def own_parameters(model: PreTrainedModel, recipe: LoraRecipe) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that ``recipe.train`` names, by their names in the plain model.
+    """Return the parameters that are trained themselves, by their names in the plain model.
+
+    That is what ``recipe.train`` names, and adapters and gains of layers that share weights.
 
     Raises:
         InputError: a pattern matches none, or the output layer, whose loss takes it as frozen.
     """
-    found: dict[str, torch.nn.Parameter] = {}
+    found = shared_parameters(model)
     head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
     named = dict(model.named_parameters())
     for pattern in recipe.train:
@@ -619,14 +631,15 @@ def own_parameters(model: PreTrainedModel, recipe: LoraRecipe) -> dict[str, torc
 def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
     """Return the peft model: base frozen, adapters in fp32 with B = 0, so that it is unchanged.
 
-    Without targets it is the model itself, frozen.
+    Without targets it is the model itself, frozen; also where layers share weights, whose own
+    adapters are trained, unless the recipe wants both.
     """
     import torch
     from peft import LoraConfig, get_peft_model
 
     from prunelib.checkpoint import family_of_config
 
-    if not recipe.targets:
+    if not recipe.targets or (shared_parameters(model) and not recipe.kept_lora):
         return model.requires_grad_(False)
     layers = family_of_config(model.config.to_dict()).layers(model)
     linears = {
@@ -640,6 +653,13 @@ def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
         raise InputError(
             f"recovery recipe: target {missing[0]!r} matches no linear layer of this "
             f"{model.config.model_type} model; allowed: {', '.join(sorted(linears))}"
+        )
+    if VIRTUAL in model.config.to_dict():
+        # Some layers have modules of these names that are no linear layers.
+        targets = tuple(
+            name
+            for name, module in model.named_modules()
+            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets
         )
     config = LoraConfig(
         r=recipe.r,
@@ -875,8 +895,11 @@ def _write(
     base: str,
     data: TrainingData,
 ) -> None:
+    from peft import PeftModel
+
     out.mkdir(parents=True, exist_ok=True)
-    if recipe.targets:
+    lora = isinstance(adapted, PeftModel)
+    if lora:
         _write_adapter(out, adapted, base)
     trained = {}
     if own:
@@ -898,7 +921,7 @@ def _write(
     _write_json(
         out / "meta.json",
         {
-            "method": "lora",
+            "method": "lora" if lora else "trained",
             "recipe": asdict(recipe),
             "seed": seed,
             "dtype": identity["dtype"],
