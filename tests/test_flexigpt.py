@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import math
 from collections.abc import Callable
+from dataclasses import replace
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_config, tiny_model
+from safetensors.torch import save_file
 from test_pruned_equals_masked import (
     load_in_a_fresh_interpreter,
     masked,
@@ -19,17 +24,27 @@ from test_pruned_equals_masked import (
     with_cache,
 )
 
-from prunelib import checkpoint
-from prunelib.errors import InputError
+from prunelib import checkpoint, low_rank
+from prunelib.criteria import block_distance
+from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.families import family_of
+from prunelib.methods import create
+from prunelib.methods.base import ScoringInputs
 from prunelib.plan import Plan, SharedBlock
+from prunelib.recovery import adapters, lora
+from prunelib.recovery.lora import LoraRecipe, recover
 from prunelib.replacement import shared_tensors
-from prunelib.selection import Sharer
+from prunelib.selection import Sharer, Target, block_count, check_reachable, select
+from prunelib.statistics import activations, influence
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters
 
 Checkpoints = Callable[[str], Path]
 IDS = torch.randint(0, 97, (2, 12), generator=torch.Generator().manual_seed(1))
 FULL = 1.0
+CONFIG = Path(__file__).resolve().parents[1] / "config"
+LINEARS = [f"self_attn.{name}_proj" for name in "qkvo"] + [
+    f"mlp.{name}_proj" for name in ("gate", "up", "down")
+]
 
 
 def plan_of(
@@ -267,3 +282,539 @@ def test_what_shared_blocks_cannot_be_is_refused(
         other = tiny_model(name).config.to_dict()
         with pytest.raises(InputError, match=message):
             pruned_config(family_of(other), other, parts_plan(other, part, (1,)))
+
+
+# ------------------------------------------------------------ decompositions and distances
+
+
+def decaying(rows: int, columns: int, seed: int) -> torch.Tensor:
+    """A matrix whose singular values fall slowly, as those of weights do."""
+    generator = torch.Generator().manual_seed(seed)
+    u, _ = torch.linalg.qr(torch.randn(rows, rows, generator=generator))
+    v, _ = torch.linalg.qr(torch.randn(columns, columns, generator=generator))
+    k = min(rows, columns)
+    s = torch.arange(1, k + 1) ** -0.5
+    return (u[:, :k] * s) @ v[:k]
+
+
+@pytest.mark.parametrize(("shape", "rank"), [((40, 30), 30), ((200, 300), 8), ((300, 150), 12)])
+def test_truncation_is_as_near_as_any(shape: tuple[int, int], rank: int) -> None:
+    """Eckart and Young: nothing of that rank is nearer than the tail of the singular values."""
+    matrix = decaying(*shape, seed=0)
+    assert low_rank.is_exact(shape, rank) == (rank == 30)
+    found = low_rank.truncated_svd(matrix, rank, seed=1)
+    values = torch.linalg.svdvals(matrix)
+    error = (matrix - (found.u * found.s) @ found.v.T).norm()
+    assert error == pytest.approx(values[rank:].norm().item(), rel=2e-3, abs=1e-5)
+    assert found.s == pytest.approx(values[:rank], rel=2e-2)
+    again = low_rank.truncated_svd(matrix, rank, seed=1)
+    assert torch.equal(again.u, found.u)
+
+
+def test_the_distance_is_the_tail_of_the_difference() -> None:
+    """Equation 2, from the matrices themselves."""
+    rank = 5
+    x, y = decaying(40, 30, 0), decaying(40, 30, 1) * 0.5
+    a, b = (low_rank.truncated_svd(m, rank, 0) for m in (x, y))
+    full = [(f.u * f.s) @ f.v.T for f in (a, b)]
+    values = torch.linalg.svdvals(full[0].double() - full[1].double())
+    expected = values[rank:].norm().item()
+    assert expected > 0.1
+    assert low_rank.truncated_distance(a, b, rank) == pytest.approx(expected, rel=1e-5)
+    # A difference of two matrices of rank 5 has rank 10 at the most.
+    assert low_rank.truncated_distance(a, b, 2 * rank) < 2e-4 * x.norm()
+    assert low_rank.truncated_distance(a, a, rank) < 2e-4 * x.norm()
+
+
+def test_distances_of_all_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    matrices = [decaying(12, 10, i) * (1 + i) for i in range(3)]
+
+    def expected(scaled: bool) -> Any:
+        cut = [low_rank.truncated_svd(m, 2, 0) for m in matrices]
+        near = [(f.u * f.s) @ f.v.T for f in cut]
+        near = [m / m.norm() if scaled else m for m in near]
+        return [[torch.linalg.svdvals(a - b)[2:].norm().item() for b in near] for a in near]
+
+    for scaled in (False, True):
+        found = block_distance.truncated_distances(
+            matrices.__getitem__, 3, 2, scaled=scaled, seed=0
+        )
+        assert found == pytest.approx(np.array(expected(scaled)), rel=1e-4, abs=1e-6)
+    # Three rows of all layers at a time.
+    monkeypatch.setattr(block_distance, "PIECE_BYTES", 3 * 8 * 3 * 10)
+    found = block_distance.frobenius_distances(matrices.__getitem__, 3)
+    plain = [[(a - b).norm().item() for b in matrices] for a in matrices]
+    assert found == pytest.approx(np.array(plain), rel=1e-5, abs=1e-6)
+    two = [np.array([[0.0, 3.0], [3.0, 0.0]]), np.array([[0.0, 4.0], [4.0, 0.0]])]
+    assert block_distance.combined(two, "sum")[0, 1] == 7
+    assert block_distance.combined(two, "squares")[0, 1] == 5
+
+
+# ------------------------------------------------------------ influence
+
+
+def influence_of(model: Any, part: str = "block", *, recompute: bool = False) -> Any:
+    family, config = family_of(model.config.to_dict()), model.config.to_dict()
+    return influence.collect(model, family, config, IDS, 2, part=part, recompute=recompute, seed=0)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "glm", "opt-post-norm"])
+def test_influence_of_blocks_is_that_of_the_shared_pass(name: str) -> None:
+    model = tiny_model(name)
+    config = model.config.to_dict()
+    found = influence_of(model)["influence"]
+    expected = activations.collect(model, family_of(config), config, IDS, 2)["block_influence"]
+    assert found == pytest.approx(expected, abs=1e-7)
+
+
+def without_blocks(model: Any, gone: list[int]) -> Any:
+    """The model without some layers; caches are not asked for."""
+    small = copy.deepcopy(model)
+    small.model.layers = torch.nn.ModuleList(
+        layer for i, layer in enumerate(small.model.layers) if i not in gone
+    )
+    small.config.num_hidden_layers = len(small.model.layers)
+    return small
+
+
+def test_greedy_removal_is_what_removing_one_by_one_gives() -> None:
+    model = tiny_model("llama", seed=21)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    found = influence_of(model, recompute=True)
+    gone: list[int] = []
+    for removed in range(4):
+        small = without_blocks(model, gone)
+        left = [i for i in range(4) if i not in gone]
+        config = small.config.to_dict()
+        values = activations.collect(small, family_of(config), config, IDS, 2)["block_influence"]
+        at = int(values.argmin())
+        assert found["influence_when_removed"][removed].item() == pytest.approx(values[at].item())
+        gone.append(left[at])
+    assert found["order"].tolist() == gone
+    # Else this test would not tell greedy removal from the ranking at once.
+    assert gone != found["influence"].argsort().tolist()
+    scores = create("shortgpt", {"recompute": True}).scores(
+        ScoringInputs(None, {}, None, {"influence": found}, 0)  # type: ignore[arg-type]
+    )
+    assert np.argsort(scores["block"][0]).tolist() == gone
+    after = model.state_dict()
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "glm"])
+@pytest.mark.parametrize("part", ["attention", "mlp"])
+def test_influence_of_parts(name: str, part: str) -> None:
+    """A part that adds nothing has none, and what the other one does is no part of it."""
+    model = tiny_model(name)
+    config = model.config.to_dict()
+    family = family_of(config)
+    outputs = dict(zip(("attention", "mlp"), family.output_maps(config), strict=True))
+    other = {"attention": "mlp", "mlp": "attention"}[part]
+    for layer, which in ((1, part), (2, other)):
+        module = family.layers(model)[layer].get_submodule(outputs[which])
+        with torch.no_grad():
+            module.weight.zero_()
+            if module.bias is not None:
+                module.bias.zero_()
+    found = influence_of(model, part)["influence"]
+    whole = influence_of(model)["influence"]
+    assert abs(found[1].item()) < 1e-6
+    assert found.argmin().item() == 1
+    # All that layer 2 does is done by this part.
+    assert found[2].item() == pytest.approx(whole[2].item(), abs=1e-6)
+    greedy = influence_of(model, part, recompute=True)
+    assert sorted(greedy["order"].tolist()) == [0, 1, 2, 3]
+    assert greedy["order"][0] == 1
+    assert torch.equal(influence_of(model, part)["influence"], found), "a part was not put back"
+
+
+def test_influence_refuses() -> None:
+    with pytest.raises(InputError, match="part 'head' is unknown"):
+        influence_of(tiny_model("llama"), "head")
+    with pytest.raises(InputError, match="normalises the residual stream"):
+        influence_of(tiny_model("opt-post-norm"), "mlp")
+    broken = tiny_model("llama")
+    with torch.no_grad():
+        broken.model.layers[2].mlp.up_proj.weight[0, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="at layer 2"):
+        influence_of(broken)
+    with pytest.raises(InputError, match="remove 'head' is unknown"):
+        create("shortgpt", {"remove": "head"})
+
+
+# ------------------------------------------------------------ selection
+
+
+def geometry(name: str) -> dict[str, Any]:
+    data: dict[str, Any] = json.loads((CONFIG / "models" / f"{name}.json").read_text())
+    return data
+
+
+def influences(count: int, lowest: list[int]) -> Any:
+    """Scores whose lowest are at ``lowest``, in this order."""
+    values = np.full(count, 9.0) + np.arange(count)
+    values[lowest] = np.arange(len(lowest))
+    return [values]
+
+
+def test_bases_are_blocks_that_stay() -> None:
+    """The nearest of all is removed itself; ties go to the closer block."""
+    config = tiny_config("llama")
+    distances = np.array(
+        [
+            [0.0, 1.0, 2.0, 2.0],
+            [1.0, 0.0, 0.1, 5.0],
+            [2.0, 0.1, 0.0, 2.0],
+            [2.0, 5.0, 2.0, 0.0],
+        ]
+    )
+    scores = {"block": influences(4, [2, 1]), "distance": list(distances)}
+    rule = create("flexigpt", {"rank": 4}).rule()
+    plan = select(scores, family_of(config), config, Target("blocks", 2), rule, {})
+    assert plan.removed_blocks == (1, 2)
+    assert plan.sharing is not None
+    assert [(b.place, b.base, b.like) for b in plan.sharing.blocks] == [(1, 0, 1), (2, 3, 2)]
+    rng = np.random.default_rng(0)
+    for blocks in (1, 2, 3):
+        for _ in range(20):
+            scores = {"block": [rng.random(4)], "distance": list(rng.random((4, 4)))}
+            plan = select(scores, family_of(config), config, Target("blocks", blocks), rule, {})
+            assert plan.sharing is not None
+            bases = {block.base for block in plan.sharing.blocks}
+            assert not bases & set(plan.removed_blocks)
+    with pytest.raises(InputError, match="distance must be 4 arrays of 4 distances"):
+        select({"block": [np.ones(4)]}, family_of(config), config, Target("blocks", 1), rule, {})
+    broken = distances.copy()
+    broken[2, 0] = math.nan
+    with pytest.raises(NonFiniteError, match="distance of blocks 2 and 0"):
+        select(
+            {"block": influences(4, [2]), "distance": list(broken)},
+            family_of(config),
+            config,
+            Target("blocks", 1),
+            rule,
+            {},
+        )
+
+
+@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "nearest"])
+def test_distances_find_the_twin(distance: str, tiny_checkpoint: Checkpoints) -> None:
+    """Block 2 is block 0 with a little noise (and, where scale does not count, half as large)."""
+    model = tiny_model("llama")
+    state = model.state_dict()
+    torch.manual_seed(0)
+    for name in list(state):
+        if name.startswith("model.layers.2.") and state[name].ndim == 2:
+            twin = state[name.replace(".2.", ".0.", 1)]
+            factor = 0.5 if distance == "scaled" else 1
+            state[name] = factor * (twin + 0.01 * torch.randn_like(twin))
+    config = model.config.to_dict()
+    passes = {"activations": {"block_influence": torch.tensor([4.0, 3.0, 1.0, 2.0])}}
+    method = create("flexigpt", {"rank": 4, "distance": distance})
+    inputs = ScoringInputs(family_of(config), config, state.__getitem__, passes, 0)
+    scores = method.scores(inputs)
+    assert scores["block"][0].tolist() == [4, 3, 1, 2]
+    found = np.array(scores["distance"])
+    assert found == pytest.approx(found.T)
+    plan = select(scores, family_of(config), config, Target("blocks", 1), method.rule(), {})
+    assert plan.sharing is not None
+    assert plan.sharing.blocks[0].base == (1 if distance == "nearest" else 0)
+
+
+def flexi_plan(model: str, target: Target, **parameters: Any) -> Plan:
+    config = geometry(model)
+    count = int(config["num_hidden_layers"])
+    index = np.arange(count, dtype=float)
+    scores = {
+        "block": influences(count, list(range(count - 6, 3, -1))),
+        "distance": list(np.abs(index[:, None] - index)),
+    }
+    rule = create("flexigpt", parameters).rule()
+    return select(scores, family_of(config), config, target, rule, {})
+
+
+# Llama-2-7B has LLaMA-7B's shapes. By hand: 256 (4 x 2 x 4096 + 3 x (4096 + 11008)) in adapters,
+# two gains and two norms of 4096.
+EACH = 19_988_480 + 4 * 4096
+
+
+@pytest.mark.parametrize(
+    ("blocks", "percent"), [(6, 18.02), (7, 21.02), (9, 27.03), (10, 30.03), (13, 39.04)]
+)
+def test_published_shares_of_blocks(blocks: int, percent: float) -> None:
+    plan = flexi_plan("llama-7b", Target("blocks", blocks))
+    assert 100 * plan.gross_removed_ratio == pytest.approx(percent, abs=0.005)
+    assert plan.sharing is not None
+    assert plan.sharing.parameters == blocks * EACH
+    assert plan.parameters[1] == 6_738_415_616 - blocks * (202_383_360 - EACH)
+    plain = flexi_plan("llama-7b", Target("blocks", blocks), normalise=False)
+    assert plain.sharing is not None
+    assert plan.sharing.parameters - plain.sharing.parameters == blocks * 2 * 4096
+
+
+def test_parameter_targets_are_net() -> None:
+    """30 %: 11 blocks with adapters, where ShortGPT removes 10."""
+    plan = flexi_plan("llama-7b", Target("parameters", 0.3))
+    assert len(plan.removed_blocks) == 11
+    assert plan.removed_ratio == pytest.approx(11 * (202_383_360 - EACH) / 6_738_415_616)
+    assert abs(plan.removed_ratio - 0.3) < 0.015
+    assert plan.gross_removed_ratio == pytest.approx(0.3304, abs=1e-4)
+    config = geometry("llama-7b")
+    rule = create("shortgpt", {}).rule()
+    assert block_count(family_of(config), config, Target("parameters", 0.3), rule) == 10
+    # One of 218,112,000 less its adapters: 256 (2 x 8192 + 2 x 5120 + 3 x 18432).
+    plan = flexi_plan("llama-3-8b", Target("parameters", 0.3))
+    each = 256 * (2 * 8192 + 2 * 5120 + 3 * 18432) + 4 * 4096
+    removed = len(plan.removed_blocks)
+    assert removed == round(0.3 * 8_030_261_248 / (218_112_000 - each)) == 12
+    assert plan.parameters[1] == 8_030_261_248 - 12 * (218_112_000 - each)
+
+
+def test_models_of_the_published_size_can_be_built() -> None:
+    """Independent of the plan's arithmetic: the modules themselves, without their weights."""
+    for name in ("llama-7b", "opt-6.7b", "bloom-7b1", "glm-4-9b"):
+        config = geometry(name)
+        layers = family_of(config).dimensions(config).layers
+        index = np.arange(layers, dtype=float)
+        scores = {
+            "block": influences(layers, [20, 21, 22]),
+            "distance": list(np.abs(index[:, None] - index)),
+        }
+        rule = create("flexigpt", {}).rule()
+        plan = select(scores, family_of(config), config, Target("blocks", 3), rule, {})
+        new, _ = pruned_config(family_of(config), config, plan)
+        with torch.device("meta"):
+            model = checkpoint.build_model(new, lambda cls, parsed: cls(parsed))
+        assert sum(p.numel() for p in model.parameters()) == plan.parameters[1]
+
+
+@pytest.mark.parametrize(
+    ("parameters", "message"),
+    [
+        ({"rank": 0}, "rank 0 given"),
+        ({"rank": 1.5}, r"share in \(0, 1\], allowed"),
+        ({"gain": 0.0}, "gain 0.0 given"),
+        ({"distance": "far"}, "distance 'far' is unknown; allowed: truncated"),
+        ({"combination": "product"}, "combination 'product' is unknown"),
+        ({"iterative_steps": 2}, "not for block units"),
+    ],
+)
+def test_refused_parameters(parameters: dict[str, Any], message: str) -> None:
+    with pytest.raises(InputError, match=message):
+        create("flexigpt", parameters)
+
+
+def test_targets_that_adapters_do_not_reach_are_refused() -> None:
+    config = geometry("smollm2-135m")
+    family = family_of(config)
+    rule = create("flexigpt", {"rank": 512}).rule()
+    with pytest.raises(InputError, match="a smaller rank allowed"):
+        check_reachable(family, config, Target("parameters", 0.2), rule)
+    # 32 of 576: 9.2 % of a block of 3,540,096.
+    small = create("flexigpt", {"rank": 32}).rule()
+    assert small.sharer is not None
+    assert small.sharer.parameters(family, config) == 32 * 10_176 + 4 * 576
+    with pytest.raises(InputError, match="at least one must stay"):
+        check_reachable(family, config, Target("parameters", 0.9), small)
+    with pytest.raises(InputError, match="target layers: this method prunes block"):
+        check_reachable(family, config, Target("layers", 40), small)
+    other = tiny_config("opt-post-norm")
+    part = create("shortgpt", {"remove": "mlp"}).rule()
+    with pytest.raises(InputError, match="remove mlp: this opt model normalises"):
+        check_reachable(family_of(other), other, Target("blocks", 1), part)
+
+
+# ------------------------------------------------------------ extension
+
+
+@pytest.mark.parametrize(
+    ("order", "count", "expected"),
+    [
+        ("block", 8, "0 1 1 2 2 3 4 5"),
+        ("sequential", 8, "0 1 2 1 2 3 4 5"),
+        ("block", 10, "0 1 1 1 2 2 2 3 4 5"),
+        ("sequential", 10, "0 1 2 1 2 1 2 3 4 5"),
+        ("block", 6, "0 1 2 3 4 5"),
+    ],
+)
+def test_orders_by_hand(order: str, count: int, expected: str) -> None:
+    config = tiny_config("llama") | {"num_hidden_layers": 6}
+    rule = create("flexigpt_extend", {"rank": 4, "start": 1, "end": 2, "order": order}).rule()
+    scores = {"block": [np.zeros(6)]}
+    plan = select(scores, family_of(config), config, Target("layers", count), rule, {})
+    found = [x if isinstance(x, int) else x.base for x in plan.layers]
+    assert " ".join(map(str, found)) == expected
+    # The first one has its own weights, all others its.
+    assert len(plan.places) == 6
+    seen: set[int] = set()
+    for layer in plan.layers:
+        base = getattr(layer, "base", layer)
+        assert isinstance(layer, int) == (base not in seen)
+        seen.add(base)
+    more = plan.parameters[1] - plan.parameters[0]
+    assert more == (count - 6) * family_of(config).shared_parameters(config, 4, True)
+
+
+@pytest.mark.parametrize("name", ["llama", "opt", "bloom", "glm"])
+@pytest.mark.parametrize("order", ["block", "sequential"])
+def test_repetitions_begin_as_repetitions(name: str, order: str) -> None:
+    """Adapters at zero and no normalisation: the stock model that runs its layers again."""
+    dense = tiny_model(name)
+    config = dense.config.to_dict()
+    family = family_of(config)
+    parameters = {"rank": 4, "start": 1, "end": 2, "order": order, "normalise": False}
+    rule = create("flexigpt_extend", parameters).rule()
+    plan = select({"block": [np.zeros(4)]}, family, config, Target("layers", 6), rule, {})
+    model = shared(name, plan)
+    layers = family.layers(dense)
+    order_of = [0, 1, 1, 2, 2, 3] if order == "block" else [0, 1, 2, 1, 2, 3]
+    parent, _, own = family.layer_prefix.rpartition(".")
+    setattr(dense.get_submodule(parent), own, torch.nn.ModuleList(layers[i] for i in order_of))
+    for key in ("num_hidden_layers", "n_layer"):
+        if hasattr(dense.config, key):
+            setattr(dense.config, key, 6)
+    with torch.inference_mode():
+        expected = dense(IDS, use_cache=False).logits
+        assert relative_difference(model(IDS).logits, expected) < 1e-5
+        assert relative_difference(with_cache(model, IDS), expected) < 1e-5
+
+
+def test_targets_of_extensions() -> None:
+    config = geometry("tinyllama-1.1b")
+    family = family_of(config)
+    rule = create("flexigpt_extend", {"start": 4, "end": 17}).rule()
+    check_reachable(family, config, Target("layers", 36), rule)
+    check_reachable(family, config, Target("parameters", 0.0), rule)
+    with pytest.raises(InputError, match="adds a multiple of 14 to 22 layers; allowed: 36, 50"):
+        check_reachable(family, config, Target("layers", 40), rule)
+    with pytest.raises(InputError, match="repeats blocks and removes none; allowed: layers"):
+        check_reachable(family, config, Target("parameters", 0.3), rule)
+    beyond = create("flexigpt_extend", {"start": 10, "end": 22}).rule()
+    with pytest.raises(InputError, match=r"end 22 given; the model has blocks 0\.\.21"):
+        check_reachable(family, config, Target("layers", 35), beyond)
+    for parameters, message in (
+        ({"order": "random"}, "order 'random' is unknown; allowed: block, sequential"),
+        ({"start": 5, "end": 4}, "0 <= start <= end allowed"),
+    ):
+        with pytest.raises(InputError, match=message):
+            create("flexigpt_extend", parameters)
+
+
+# ------------------------------------------------------------ recovery
+
+RECIPE = LoraRecipe(
+    r=2, alpha=4, dropout=0.1, lr=0.02, batch=2, micro_batch=1, max_steps=4, warmup_steps=0,
+    length=12, save_every=2,
+)  # fmt: skip
+
+
+def train(source: Path, path: Path, recipe: LoraRecipe = RECIPE) -> Path:
+    """Recover the checkpoint in ``source``; what is trained is written to ``path``/out."""
+    windows = torch.randint(0, 97, (8, 12), generator=torch.Generator().manual_seed(7))
+    model = checkpoint.load_model(source)
+    fixed = {"seed": 3, "state": path / "state", "out": path / "out", "base": "../x"}
+    recover(model, windows, recipe, device="cpu", dtype="float32", **fixed)  # type: ignore[arg-type]
+    return path / "out"
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory: pytest.TempPathFactory, tiny_checkpoint: Checkpoints) -> Path:
+    source, out = tiny_checkpoint("llama"), tmp_path_factory.mktemp("small") / "model"
+    checkpoint.prune_checkpoint(source, plan_of(checkpoint.read_config(source), {1: 3, 2: 3}), out)
+    return out
+
+
+@pytest.mark.parametrize("kept_lora", [False, True])
+def test_what_is_trained(kept_lora: bool, small: Path, tmp_path: Path) -> None:
+    out = train(small, tmp_path, replace(RECIPE, kept_lora=kept_lora))
+    model = checkpoint.load_model(small)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    merged = adapters.merge(model, out)
+    changed = {
+        name
+        for name, tensor in merged.state_dict().items()
+        if not torch.equal(tensor, before[name])
+    }
+    own = set(adapters.shared_parameters(merged))
+    # Seven matrices of two layers with two factors each, and two gains.
+    assert len(own) == 2 * (7 * 2 + 2)
+    matrices = {f"model.layers.{i}.{n}.weight" for i in (0, 3) for n in LINEARS}
+    assert changed == own | (matrices if kept_lora else set())
+    assert (out / "adapter_model.safetensors").exists() == kept_lora
+    # Merged or not, it is the same function, and weights are shared as before.
+    checkpoint.save_like(merged, small, tmp_path / "merged")
+    again, recovered = (
+        checkpoint.load_model(tmp_path / "merged"),
+        adapters.load_recovered(small, out),
+    )
+    base = again.model.layers[3].mlp.up_proj
+    assert again.model.layers[1].mlp.up_proj.base is base
+    assert sum(p.numel() for p in again.parameters()) == Plan.load(small).parameters[1]
+    with torch.inference_mode():
+        expected = recovered(IDS).logits
+        assert relative_difference(again(IDS).logits, expected) < 1e-5
+        assert relative_difference(with_cache(recovered, IDS), expected) < 1e-5
+        assert relative_difference(checkpoint.load_model(small)(IDS).logits, expected) > 1e-3
+    meta = json.loads((out / "meta.json").read_text())
+    assert meta["method"] == ("lora" if kept_lora else "shared")
+    # Rank 2 on q, k, v, o and the MLP of two layers.
+    more = 2 * 2 * (96 + 72 + 72 + 96 + 3 * 88) if kept_lora else 0
+    assert meta["trainable_parameters"] == sum(before[name].numel() for name in own) + more
+
+
+@pytest.mark.parametrize("kept_lora", [False, True])
+def test_an_interrupted_recovery_ends_with_the_same_bytes(
+    kept_lora: bool, small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = replace(RECIPE, kept_lora=kept_lora)
+    whole = train(small, tmp_path / "whole", recipe)
+    step = lora._step
+
+    def killed(*args: Any, **kwargs: Any) -> float:
+        if args[6] == 4:
+            raise KeyboardInterrupt
+        return step(*args, **kwargs)
+
+    monkeypatch.setattr(lora, "_step", killed)
+    with pytest.raises(KeyboardInterrupt):
+        train(small, tmp_path / "broken", recipe)
+    monkeypatch.undo()
+    steps: list[int] = []
+    monkeypatch.setattr(lora, "_step", lambda *a, **k: steps.append(a[6]) or step(*a, **k))
+    again = train(small, tmp_path / "broken", recipe)
+    assert steps == [3, 4]
+    names = {path.name for path in whole.iterdir()}
+    assert names == {path.name for path in again.iterdir()}
+    for name in names:
+        assert (whole / name).read_bytes() == (again / name).read_bytes(), name
+
+
+@pytest.mark.parametrize(
+    ("change", "error", "message"),
+    [
+        (lambda t: t.popitem(), IntegrityError, "is absent, the model needs"),
+        (lambda t: t.update(x=torch.zeros(1)), IntegrityError, "the model needs absent"),
+        (lambda t: t[min(t)].fill_(math.nan), NonFiniteError, "NaN or infinity"),
+        (None, IntegrityError, "shared_model.safetensors is missing"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    change: Any, error: type[Exception], message: str, small: Path, tmp_path: Path
+) -> None:
+    model = checkpoint.load_model(small)
+    tensors = {n: p.detach().clone() for n, p in adapters.shared_parameters(model).items()}
+    if change is not None:
+        change(tensors)
+        save_file(tensors, tmp_path / "shared_model.safetensors")
+    with pytest.raises(error, match=message):
+        adapters.attach(model, tmp_path)
+
+
+def test_a_plain_model_takes_nothing_of_shared_layers(
+    tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    save_file({"x": torch.zeros(1)}, tmp_path / "shared_model.safetensors")
+    with pytest.raises(IntegrityError, match="the model needs absent"):
+        adapters.attach(tiny_model("llama"), tmp_path)
+    with pytest.raises(InputError, match="kept_lora is 1; allowed: true, false"):
+        replace(RECIPE, kept_lora=1)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -22,7 +22,9 @@ from prunelib.cluster.settings import DEVICE_STEPS, Cluster, Gpu
 from prunelib.errors import InputError
 from prunelib.experiment.graph import Node
 from prunelib.families import family_of
+from prunelib.methods import create
 from prunelib.recovery.lora import ROLES, LoraRecipe, parse_recipe, total_steps
+from prunelib.selection import Target, block_count
 
 MIB = 1024**2
 GB = 10**9
@@ -35,6 +37,9 @@ KEPT_WEIGHTS = 5
 HEAD_BYTES = 32 * MIB
 STREAM_BYTES = 32 * MIB
 LOSS_CHUNK = 256
+# Randomised decompositions: further directions, and iterations of two products each.
+OVERSAMPLE = 32
+ITERATIONS = 3
 EVALUATION_TOKENS = {"cpu": 1024, "cuda": 16384}
 LOGITS_CHUNK = 2048
 LOGITS_SHARE = 8
@@ -58,6 +63,10 @@ GRADIENT_FORWARDS = 4
 # Passes over one window's gradients of the whole model: written, read to be added and to be
 # squared; both sums read and written.
 FISHER_TRANSFERS = 7
+# Operations of an exact decomposition of a matrix m x n, m >= n, and of the eigenvalues of n x n,
+# in units of m n^2 and n^3.
+SVD_OPERATIONS = 20
+EIGEN_OPERATIONS = 10
 # Normally distributed numbers that one CPU core draws in a second.
 DRAWN_PER_SECOND = 80e6
 
@@ -244,16 +253,82 @@ def remaining_parameters(checkpoint: Node) -> int:
     """Return an upper bound of a checkpoint's parameters.
 
     Parameter targets are met to half a block (depth pruning takes the nearest count of blocks), so
-    the ratio is believed up to that; other targets bound nothing that holds for every method.
+    the ratio is believed up to that; other targets bound nothing that holds for every method. Where
+    layers share weights the number is known.
     """
-    while checkpoint.step == "merge":
-        checkpoint = checkpoint.inputs["checkpoint"]
+    checkpoint = _pruned(checkpoint)
     model = model_of(checkpoint)
     assert model is not None
+    if shared := shared_layers(checkpoint):
+        gone = 0 if shared.repeated else shared.layers * model.block
+        return model.parameters - gone + shared.layers * shared.each
     if checkpoint.step != "prune" or checkpoint.params["target"]["kind"] != "parameters":
         return model.parameters
     share = 1 - float(checkpoint.params["target"]["value"])
     return min(model.parameters, math.ceil(model.parameters * share + model.block / 2))
+
+
+def _pruned(checkpoint: Node) -> Node:
+    """Return the step that pruned what is merged in ``checkpoint``."""
+    while checkpoint.step == "merge":
+        checkpoint = checkpoint.inputs["checkpoint"]
+    return checkpoint
+
+
+@dataclass(frozen=True)
+class SharedLayers:
+    """Layers of a checkpoint that use the weights of others.
+
+    Attributes:
+        layers: how many.
+        each: parameters that one holds itself.
+        rank: of its adapters.
+        repeated: whether they come on top of all original layers.
+    """
+
+    layers: int
+    each: int
+    rank: int
+    repeated: bool
+
+
+def shared_layers(checkpoint: Node) -> SharedLayers | None:
+    """Return the layers of a checkpoint that share weights; None where there are none."""
+    checkpoint = _pruned(checkpoint)
+    if checkpoint.step != "prune":
+        return None
+    params = checkpoint.params
+    rule = create(params["method"], params["parameters"]).rule()
+    if rule.sharer is None:
+        return None
+    source = _source(checkpoint)
+    assert source is not None
+    geometry = source.params["geometry"]
+    family, target = family_of(geometry), Target(**params["target"])
+    if rule.repeat is None:
+        count = block_count(family, geometry, target, rule)
+    else:
+        layers = family.dimensions(geometry).layers
+        wanted = int(target.value) if target.kind == "layers" else layers
+        count = len(rule.repeat.blocks(layers, wanted))
+    each = rule.sharer.parameters(family, geometry)
+    rank = rule.sharer.rank_of(family, geometry)
+    return SharedLayers(count, each, rank, rule.repeat is not None) if count else None
+
+
+def computed_parameters(checkpoint: Node) -> int:
+    """Return the parameters that a token meets: shared ones as often as they are used."""
+    shared, model = shared_layers(checkpoint), model_of(checkpoint)
+    assert model is not None
+    again = shared.layers * model.block if shared else 0
+    return remaining_parameters(checkpoint) + again
+
+
+def _deep(model: Model, checkpoint: Node) -> Model:
+    """Return ``model`` with the layers of a checkpoint that repeats some."""
+    shared = shared_layers(checkpoint)
+    more = shared.layers if shared and shared.repeated else 0
+    return replace(model, layers=model.layers + more)
 
 
 @dataclass(frozen=True)
@@ -493,6 +568,10 @@ def _statistics(case: _Case) -> Work:
             device += (Term(label, model.layers * hole),)
         disk = model.layers * 8 * sum(columns for _, columns in linears)
         flops = tokens * model.flops(model.parameters)
+        if name == "influence":
+            device += (Term("hidden states, thrice", 3 * tokens * model.hidden * item),)
+            # One layer fewer in every pass.
+            flops *= (model.layers + 1) / 2 if case.param("options")["recompute"] else 1
         if name == "fms_direct":
             device += (
                 Term("hidden states and gradients", 4 * tokens * model.hidden * item),
@@ -566,11 +645,68 @@ def _scores(case: _Case) -> Work:
         return Work(host=(Term("statistics and scores", 10 * disk),), host_seconds=5, disk=disk)
     stored = model.parameters * model.item
     mapped = case.mapped(f"mapped weights {_billions(model.parameters)} x {model.item} B", stored)
+    distance = _distance(case)
+    if distance == "nearest":
+        return Work(host=(Term("statistics and scores", 10 * disk),), host_seconds=5, disk=disk)
+    if distance is not None:
+        return _distances(case, mapped, disk)
     tensor = Term("three fp64 copies of the largest tensor", 3 * 8 * model.largest)
     # fp64 copy, absolute value and power: each written and read.
     passes = model.parameters * 6 * 8 / GB / case.cluster.host.memory_gbs
     seconds = stored / GB / case.cluster.host.disk_gbs + passes
     return Work(host=(mapped, tensor), host_seconds=seconds, disk=disk)
+
+
+def _distance(case: _Case) -> str | None:
+    """Return how a method measures distances between blocks; None for those that do not."""
+    method = create(case.param("method"), case.param("parameters"))
+    return getattr(method, "distance", None) if method.rule().sharer else None
+
+
+def _decomposition(shape: tuple[int, int], rank: int) -> float:
+    """Return the operations of a truncated singular value decomposition."""
+    small, large = sorted(shape)
+    if 2 * (rank + OVERSAMPLE) >= small:
+        return float(SVD_OPERATIONS * large * small**2)
+    width = rank + OVERSAMPLE
+    products = 2 * (2 * ITERATIONS + 2) * large * small * width
+    return float(products + (2 * ITERATIONS + 2) * 4 * (large + small) * width**2)
+
+
+def _distances(case: _Case, mapped: Term, disk: float) -> Work:
+    """Return the work of distances between all blocks: a decomposition of every matrix.
+
+    The factors of all layers' matrices of one name are held, fp32; a pair takes two products of
+    factors and two symmetric eigenvalue problems of twice the rank, fp64.
+    """
+    model = case.model
+    disk += 8 * model.layers**2
+    seconds = model.parameters * model.item / GB / case.cluster.host.disk_gbs
+    pairs = model.layers * (model.layers - 1) / 2
+    if _distance(case) == "frobenius":
+        # Pieces of rows, fp64, with their product.
+        piece = Term("pieces of all layers' rows", 3 * 256 * MIB + model.largest * 4)
+        flops = 2.0 * model.layers**2 * sum(r * c for r, c in model.linears.values())
+        # Every piece opens all layers' matrices again.
+        return Work(host=(mapped, piece), flops=2 * flops, host_seconds=2 * seconds, disk=disk)
+    source = _source(case.node)
+    assert source is not None
+    sharer = create(case.param("method"), case.param("parameters")).rule().sharer
+    assert sharer is not None
+    geometry = source.params["geometry"]
+    rank = sharer.rank_of(family_of(geometry), geometry)
+    widest = max(sum(shape) for shape in model.linears.values())
+    exact = any(2 * (rank + OVERSAMPLE) >= min(shape) for shape in model.linears.values())
+    terms = (
+        Term("factors of all layers' matrices of a name", 4 * model.layers * rank * widest),
+        Term("a matrix while it is decomposed", model.largest * (32 if exact else 12)),
+        Term("a pair's products and eigenvectors", 8 * 6 * (2 * rank) ** 2),
+    )
+    flops = 0.0
+    for shape in model.linears.values():
+        pair = 2 * rank**2 * sum(shape) + 4 * EIGEN_OPERATIONS * (2 * rank) ** 3
+        flops += model.layers * _decomposition(shape, rank) + pairs * pair
+    return Work(host=(mapped, *terms), flops=flops, host_seconds=seconds, disk=disk)
 
 
 def _written(case: _Case, parameters: int) -> tuple[Term, float]:
@@ -588,23 +724,40 @@ def _prune(case: _Case) -> Work:
     # Views of unchanged tensors keep the file before mapped until their shard is written.
     source = min(stored, case.cluster.host.shard_gb * GB + SHARD_BYTES)
     shard, written = _written(case, kept)
+    host = [case.mapped("mapped source file", source), shard]
+    flops = 0.0
+    if (shared := shared_layers(case.node)) and not shared.repeated:
+        # Two matrices, their difference in fp32 and what its decomposition takes, fp64 if exact.
+        host.append(Term("a difference of matrices, decomposed", model.largest * 40))
+        each = sum(_decomposition(shape, shared.rank) for shape in model.linears.values())
+        flops = shared.layers * each
     return Work(
-        host=(case.mapped("mapped source file", source), shard),
+        host=tuple(host),
+        flops=flops,
         host_seconds=case.read_seconds(stored) + written,
         disk=kept * model.item + TOKENIZER_BYTES,
     )
 
 
 def _adapter(case: _Case, node: Node) -> tuple[LoraRecipe, int]:
+    """Return a recovery's recipe and what it trains: LoRA, or what layers that share weights add.
+
+    Of these, norms and biases are counted with what is trained, which they are not.
+    """
     recipe = parse_recipe(node.params["recipe"])
-    return recipe, case.model.lora_parameters(recipe)
+    shared = shared_layers(node.inputs["checkpoint"])
+    if shared is None:
+        return recipe, case.model.lora_parameters(recipe)
+    lora = case.model.lora_parameters(recipe) if recipe.kept_lora else 0
+    return recipe, lora + shared.layers * shared.each
 
 
 def _recover(case: _Case) -> Work:
     """Return the work of LoRA: frozen weights, adapters with Adam's moments, all layers' graphs."""
-    model, item = case.model, case.item
+    checkpoint, item = case.node.inputs["checkpoint"], case.item
+    model = _deep(case.model, checkpoint)
     recipe, adapter = _adapter(case, case.node)
-    kept = remaining_parameters(case.node.inputs["checkpoint"])
+    kept = remaining_parameters(checkpoint)
     device, host, seconds = _loaded(case, kept)
     batch = recipe.micro_batch * recipe.length
     # Each target keeps its input as the adapter sees it: a bf16 copy, or what dropout leaves of it
@@ -613,6 +766,10 @@ def _recover(case: _Case) -> Work:
     copies = (item + mask) if recipe.dropout else (item if item == 2 else 0)
     inputs = sum(columns for _, columns in model.lora_targets(recipe))
     graphs = batch * model.layers * (model.graph_token_bytes(item, recipe.length) + copies * inputs)
+    if shared := shared_layers(checkpoint):
+        # Inputs of all maps, what their factors give, and normalised outputs in fp32.
+        own = item * sum(columns + shared.rank for _, columns in model.linears.values())
+        graphs += batch * shared.layers * (own + 4 * 4 * model.hidden)
     # Logits, their exponentials and, below fp32, a copy in each dtype.
     logits = LOSS_CHUNK * model.vocabulary * (8 if item == 4 else 12)
     # Weight, gradient and two moments; the best weights so far.
@@ -636,7 +793,7 @@ def _recover(case: _Case) -> Work:
     return Work(
         device,
         (*host, _tokenised(text, INSTRUCTION_TOKEN_BYTES if records else TOKEN_BYTES)),
-        flops=forwards * model.flops(kept),
+        flops=forwards * model.flops(computed_parameters(checkpoint)),
         host_seconds=seconds + (steps if streamed else 1) * text / 1e5,
         disk=adapter * 4 + SMALL_BYTES,
         replicas=recipe.processes,
@@ -680,8 +837,9 @@ def _evaluated(case: _Case) -> tuple[int, tuple[Term, ...], tuple[Term, ...], fl
 
 def _perplexity(case: _Case) -> Work:
     """Return the work of perplexity: one body pass per batch, logits in blocks of entries."""
-    model, item = case.model, case.item
-    kept, device, host, seconds, extra = _evaluated(case)
+    item, checkpoint = case.item, case.node.inputs["checkpoint"]
+    model = _deep(case.model, checkpoint)
+    _, device, host, seconds, extra = _evaluated(case)
     text = case.text_tokens("evaluation")
     window = case.param("window")
     count = max(text // window, 1)
@@ -702,15 +860,16 @@ def _perplexity(case: _Case) -> Work:
     return Work(
         device,
         (*host, _tokenised(text)),
-        flops=count * window * model.flops(kept),
+        flops=count * window * model.flops(computed_parameters(checkpoint)),
         host_seconds=seconds + text / 1e5,
     )
 
 
 def _tasks(case: _Case) -> Work:
     """Return the work of the tasks: whole logits and their fp32 log-softmax, and a cache."""
-    model, item = case.model, case.item
-    kept, device, host, seconds, extra = _evaluated(case)
+    item, checkpoint = case.item, case.node.inputs["checkpoint"]
+    model = _deep(case.model, checkpoint)
+    _, device, host, seconds, extra = _evaluated(case)
     table, names = case.cluster.tasks, case.param("tasks")
     sizes = [table.get(name, table["default"]) for name in names]
     longest = min(max(size.longest for size in sizes), model.positions)
@@ -728,7 +887,7 @@ def _tasks(case: _Case) -> Work:
     return Work(
         device,
         host,
-        flops=tokens * model.flops(kept),
+        flops=tokens * model.flops(computed_parameters(checkpoint)),
         # lm-eval builds, tokenises and collects every request in Python.
         host_seconds=seconds + sum(count for count, _ in requests) / 500 + 10 * len(names),
         disk=SMALL_BYTES * len(names),
@@ -737,8 +896,9 @@ def _tasks(case: _Case) -> Work:
 
 def _efficiency(case: _Case) -> Work:
     """Return the work of the timings: prefill and decode with a cache, then MACs once."""
-    model, item = case.model, case.item
-    kept, device, host, seconds, extra = _evaluated(case)
+    item, checkpoint = case.item, case.node.inputs["checkpoint"]
+    model = _deep(case.model, checkpoint)
+    _, device, host, seconds, extra = _evaluated(case)
     batch, length, new = (case.param(name) for name in ("batch", "length", "new_tokens"))
     prompt = batch * length
     repeats = case.param("warmup") + case.param("repeats")
@@ -759,9 +919,9 @@ def _efficiency(case: _Case) -> Work:
     return Work(
         device,
         host,
-        flops=(repeats + 2) * prompt * model.flops(kept),
+        flops=(repeats + 2) * prompt * model.flops(computed_parameters(checkpoint)),
         # Every new token reads all weights once.
-        moved=repeats * new * kept * item,
+        moved=repeats * new * computed_parameters(checkpoint) * item,
         host_seconds=seconds,
     )
 

@@ -19,12 +19,6 @@ from prunelib.low_rank import seed_of, truncated_distance, truncated_svd
 PIECE_BYTES = 256 * 1024**2
 
 
-def neighbour_distances(layers: int) -> Array:
-    """Return ``|i - j|`` [layers, layers]."""
-    index = np.arange(layers, dtype=np.float64)
-    return np.abs(index[:, None] - index)
-
-
 def truncated_distances(
     matrices: Callable[[int], torch.Tensor], layers: int, rank: int, *, scaled: bool, seed: int
 ) -> Array:

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, ClassVar
 
-from prunelib.criteria.block_distance import (
-    combined,
-    frobenius_distances,
-    neighbour_distances,
-    truncated_distances,
-)
+import numpy as np
+
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
-from prunelib.low_rank import seed_of
 from prunelib.methods.base import ScoringInputs
 from prunelib.methods.shortgpt import BlockInfluence
 from prunelib.selection import DISTANCE, Rule, Sharer
@@ -89,7 +84,17 @@ class FlexiGpt(BlockInfluence):
     def _distances(self, inputs: ScoringInputs) -> Array:
         layers, family, config = inputs.layer_count, inputs.family, inputs.config
         if self.distance == "nearest":
-            return neighbour_distances(layers)
+            index = np.arange(layers, dtype=np.float64)
+            nearest: Array = np.abs(index[:, None] - index)
+            return nearest
+        # Planning creates methods and knows no torch.
+        from prunelib.criteria.block_distance import (
+            combined,
+            frobenius_distances,
+            truncated_distances,
+        )
+        from prunelib.low_rank import seed_of
+
         rank = Sharer(self.rank, None, self.svd_init).rank_of(family, config)
         found = []
         for name, shape in family.layer_shapes(config).items():
