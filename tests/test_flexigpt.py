@@ -25,8 +25,13 @@ from test_pruned_equals_masked import (
 )
 
 from prunelib import checkpoint, low_rank
+from prunelib.cluster import resources
+from prunelib.cluster.resources import request
+from prunelib.cluster.settings import Cluster
 from prunelib.criteria import block_distance
 from prunelib.errors import InputError, IntegrityError, NonFiniteError
+from prunelib.experiment.experiment import Experiment
+from prunelib.experiment.graph import Node
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
@@ -34,6 +39,7 @@ from prunelib.plan import Plan, SharedBlock
 from prunelib.recovery import adapters, lora
 from prunelib.recovery.lora import LoraRecipe, recover
 from prunelib.replacement import shared_tensors
+from prunelib.reporting.published import published_names, read_published
 from prunelib.selection import Sharer, Target, block_count, check_reachable, select
 from prunelib.statistics import activations, influence
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters
@@ -818,3 +824,147 @@ def test_a_plain_model_takes_nothing_of_shared_layers(
         adapters.attach(tiny_model("llama"), tmp_path)
     with pytest.raises(InputError, match="kept_lora is 1; allowed: true, false"):
         replace(RECIPE, kept_lora=1)
+
+
+# ------------------------------------------------------------ experiments and published figures
+
+EXPERIMENTS = sorted(
+    path.stem
+    for pattern in ("flexigpt_*", "shortgpt_*", "study_flexigpt*", "study_shortgpt*")
+    for path in (CONFIG / "experiments").glob(f"{pattern}.yaml")
+)
+
+
+def every_node(experiment: Experiment) -> list[Node]:
+    waiting = [node for cell in experiment.cells for node in cell.steps.values()]
+    found: dict[int, Node] = {}
+    while waiting:
+        node = waiting.pop()
+        if id(node) not in found:
+            found[id(node)] = node
+            waiting += node.inputs.values()
+    return list(found.values())
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_plan(name: str) -> None:
+    experiment = Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
+    problems = experiment.preflight()
+    assert all("the revision is not pinned" in problem for problem in problems)
+    assert bool(problems) != name.startswith("study_")
+    nodes = every_node(experiment)
+    places: dict[str, set[Path]] = {}
+    for node in nodes:
+        places.setdefault(node.key, set()).add(node.directory)
+    assert all(len(directories) == 1 for directories in places.values())
+    cluster = Cluster.load(CONFIG / "cluster.yaml")
+    for node in {node.key: node for node in nodes}.values():
+        assert request(node, cluster).mem_mb <= cluster.limits.mem_mb
+
+
+def test_ablations_share_scores_where_they_can() -> None:
+    experiment = Experiment.load(CONFIG / "experiments" / "flexigpt_ablation.yaml", CONFIG)
+    scores = {
+        cell.method: cell.steps["prune"].inputs["scores"].key
+        for cell in experiment.cells
+        if "prune" in cell.steps and cell.seed == 0
+    }
+    assert scores["flexigpt"] == scores["flexigpt_no_norm"] == scores["flexigpt_no_svd"]
+    others = {scores[f"flexigpt_{name}"] for name in ("frobenius", "scaled", "nearest")}
+    assert len(others | {scores["flexigpt"]}) == 4
+
+
+def prune_node(name: str, variant: str) -> tuple[Node, Node]:
+    """The steps that prune and that recover a variant."""
+    experiment = Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
+    cell = next(c for c in experiment.cells if c.method == variant and "recovery" in c.steps)
+    return cell.steps["prune"], cell.steps["recovery"]
+
+
+def test_resources_by_hand() -> None:
+    node, recovery = prune_node("flexigpt_llama2_7b", "flexigpt")
+    shared_layers = resources.shared_layers(node)
+    assert shared_layers == resources.SharedLayers(11, EACH, 256, repeated=False)
+    left = 6_738_415_616 - 11 * (202_383_360 - EACH)
+    assert resources.remaining_parameters(node) == left
+    assert resources.computed_parameters(node) == 6_738_415_616 + 11 * EACH
+    node, _ = prune_node("flexigpt_tinyllama", "flexigpt_extend_block")
+    config = geometry("tinyllama-1.1b")
+    each = family_of(config).shared_parameters(config, 256, True)
+    block = family_of(config).block_parameters(config)
+    assert resources.remaining_parameters(node) == 1_100_048_384 + 14 * each
+    assert resources.computed_parameters(node) == 1_100_048_384 + 14 * (each + block)
+    # What LoRA asks for is not what is trained here.
+    cluster = Cluster.load(CONFIG / "cluster.yaml")
+    plain = prune_node("flexigpt_llama2_7b", "shortgpt")[1]
+    assert request(recovery, cluster).disk_mb * 2**20 == pytest.approx(4 * 11 * EACH, rel=0.01)
+    assert request(plain, cluster).disk_mb * 2**20 == pytest.approx(4 * 32 * 19_988_480, rel=0.01)
+    assert resources.OVERSAMPLE == low_rank.OVERSAMPLE
+    assert resources.ITERATIONS == low_rank.ITERATIONS
+
+
+def test_distances_cost_a_decomposition_of_every_matrix() -> None:
+    node, _ = prune_node("flexigpt_llama2_7b", "flexigpt")
+    cluster = Cluster.load(CONFIG / "cluster.yaml")
+    asked = request(node.inputs["scores"], cluster)
+    # By hand, without the orthogonalisation: eight products with 288 columns each.
+    products = 32 * 16 * 288 * (4 * 4096**2 + 3 * 4096 * 11008)
+    pairs = 496 * 7 * 4 * 10 * 512**3
+    least = (products + pairs) / (cluster.host.gflops_per_core * 1e9 * cluster.utilisation.cpu)
+    assert least < asked.seconds < 2.5 * least
+    nearest = next(
+        n
+        for n in every_node(
+            Experiment.load(CONFIG / "experiments" / "flexigpt_ablation.yaml", CONFIG)
+        )
+        if n.step == "scores" and n.params["parameters"] == {"distance": "nearest"}
+    )
+    assert request(nearest, cluster).seconds < 60
+
+
+def test_published_figures() -> None:
+    rows = {
+        name: read_published(CONFIG / "published" / f"{name}.csv")
+        for name in ("flexigpt", "shortgpt")
+    }
+    order = sorted(
+        (row.metric, int(row.value))
+        for row in rows["shortgpt"]
+        if row.metric.startswith("removed_block_")
+    )
+    assert [block for _, block in order] == [27, 26, 25, 28, 24, 29, 23, 21, 22]
+
+    def value(method: str, share: float, recovered: bool, metric: str, table: str) -> float:
+        (row,) = (
+            r
+            for r in rows["flexigpt"]
+            if (r.method, r.target_value, r.recovered, r.metric)
+            == (method, share, recovered, metric)
+            and r.table.startswith(table)
+        )
+        return row.value
+
+    table = "pruning of Llama-2-7B"
+    assert value("flexigpt", 0.3, True, "perplexity", table) == 6.55
+    assert value("shortgpt", 0.4, False, "winogrande_acc", table) == 60.54
+    assert value("flexigpt_no_norm", 0.3, False, "perplexity", "ablation") == 8648.94
+    assert value("flexigpt_extend_block", 36, True, "perplexity", "extension") == 6.73
+    # All averages follow from their columns but for the two that the table itself flags.
+    groups: dict[tuple[Any, ...], dict[str, Any]] = {}
+    for row in rows["flexigpt"]:
+        key = (row.table, row.model, row.method, row.target_value, row.recovered)
+        groups.setdefault(key, {})[row.metric] = row
+    wrong = []
+    for found in groups.values():
+        tasks = [r.value for metric, r in found.items() if metric.endswith(("_acc", "_acc_norm"))]
+        if tasks and abs(np.mean(tasks) - found["average_5_tasks"].value) > 0.011:
+            wrong.append(found["average_5_tasks"])
+    assert [row.value for row in wrong] == [61.40, 62.68]
+    assert all("the columns average" in row.source for row in wrong)
+    # An ablation is not filed under the method's own name.
+    names = published_names(
+        "flexigpt_no_norm", {"method": "flexigpt", "parameters": {"normalise": False}}
+    )
+    assert "flexigpt" not in names
+    assert "flexigptnonorm" in names
+    assert "flexigpt" in published_names("flexigpt", {"method": "flexigpt"})

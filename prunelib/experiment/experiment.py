@@ -405,8 +405,7 @@ class Experiment:
         first = next(
             name
             for name, other in self.catalogues["methods"].items()
-            if other["method"] == entry["method"]
-            and self._scored_with(name, method) == parameters
+            if other["method"] == entry["method"] and self._scored_with(name, method) == parameters
         )
         labels = (model, first, *((f"seed{seed}",) if self._seeded(method) else ()), *after)
         modules = (method_module(entry["method"]), self._family(model))

@@ -33,16 +33,17 @@ CONTROLS = ("dense", "random", "prune_zero", "recovery_only")
 
 @dataclass(frozen=True)
 class Target:
-    """What pruning was asked for: a share of parameters or groups, or blocks."""
+    """What was asked for: a share of parameters or groups, or a number of blocks or layers."""
 
     kind: str
     value: float
 
     @property
     def label(self) -> str:
-        """Readable name, for instance ``parameters 20%`` or ``blocks 6``."""
-        if self.kind == "blocks" and (self.value >= 1 or self.value == 0):
-            return f"blocks {self.value:g}"
+        """Readable name, for instance ``parameters 20%``, ``blocks 6`` or ``layers 40``."""
+        counted = self.kind in ("blocks", "layers")
+        if counted and (self.value >= 1 or self.value == 0):
+            return f"{self.kind} {self.value:g}"
         return f"{self.kind} {100 * self.value:g}%"
 
 

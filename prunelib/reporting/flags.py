@@ -167,7 +167,8 @@ def off_budget(report: Report, cell: Cell) -> list[Flag]:
     plan = cell.content("prune")
     if cell.target is None or not plan:
         return []
-    blocks = len(plan.get("removed_blocks") or ())
+    parts = sum(map(len, (plan.get("skipped") or {}).values()))
+    blocks = len(plan.get("removed_blocks") or ()) or parts
     counts = plan.get("parameters") or {}
     if cell.target.kind == "blocks":
         wanted = cell.target.value

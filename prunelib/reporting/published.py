@@ -10,11 +10,13 @@ table          which table; ratios to dense are only taken within one table and 
 model          the paper's model, for instance ``LLaMA-7B``
 method         ``dense``, a registered method, or one with its variant, such as ``magnitude_l2``;
                behind it, where the paper has several, the recovery as in ``lora_<recovery>``
-target_kind    ``none`` for dense and unstated ratios, ``parameters``, ``groups`` or ``blocks``
-target_value   share (0.2) or number of blocks; 0 for dense and unstated ratios
+target_kind    ``none`` for dense and unstated ratios, ``parameters``, ``groups``, ``blocks`` or
+               ``layers``
+target_value   share (0.2) or number of blocks or layers; 0 for dense and unstated ratios
 recovered      ``true`` when the figure is from after recovery
 metric         ``perplexity``, ``<task>_acc``, ``<task>_acc_norm``, ``average_7_tasks``,
-               ``parameters``, ``macs``, ``memory_mib``, ``latency_s``
+               ``parameters``, ``macs``, ``memory_mib``, ``latency_s``; others are kept, and not
+               compared
 value          the figure as printed; accuracies in percent
 convention     ``key=value`` pairs or words, separated by semicolons: data set, split, window
                length, harness, batch, length, hardware
@@ -41,7 +43,7 @@ from prunelib.reporting.table import AVERAGE, LLM_PRUNER_TASKS
 
 # Our ratio to dense may differ by this share from the published one and count as reproduced.
 TOLERANCE = 0.10
-TARGET_KINDS = ("none", "parameters", "groups", "blocks")
+TARGET_KINDS = ("none", "parameters", "groups", "blocks", "layers")
 
 
 @dataclass(frozen=True)
@@ -139,8 +141,11 @@ def _plain(text: object) -> str:
 
 
 # Parameters that tell a paper's rows of one method apart, and values that their names leave out.
-_NAMING = ("strategy", "criterion", "aggregation", "heads", "attribution", "ranking")
-_USUAL = {"block", "sum", "kv_group", "owner", "local"}
+_NAMING = (
+    *("strategy", "criterion", "aggregation", "heads", "attribution", "ranking"),
+    *("remove", "recompute", "rank", "distance", "normalise", "svd_init"),
+)
+_USUAL = {"block", "sum", "kv_group", "owner", "local", "truncated"}
 
 
 def published_names(name: str, method: Mapping[str, Any]) -> set[str]:
@@ -297,7 +302,7 @@ def _same_target(cell: Cell, row: Published) -> bool:
         if not counts.get("original"):
             return False
         kind, value = "parameters", 1 - counts["remaining"] / counts["original"]
-    tolerance = 0.01 + 1e-9 if kind != "blocks" else 0
+    tolerance = 0.01 + 1e-9 if kind not in ("blocks", "layers") else 0
     return row.target_kind == kind and abs(row.target_value - value) <= tolerance
 
 

@@ -45,6 +45,7 @@ class Metric:
 
 METRICS = {
     "realised_ratio": Metric("parameters removed", "share", "higher", "prune"),
+    "gross_ratio": Metric("parameters removed, adapters not counted", "share", "higher", "prune"),
     "parameters": Metric("parameters", "", "lower", "prune"),
     "perplexity": Metric("perplexity", "", "lower", "perplexity"),
     "nll_mean": Metric("mean negative log-likelihood", "nat/token", "lower", "perplexity"),
@@ -169,6 +170,8 @@ def _size_columns(report: Report, cell: Cell) -> dict[str, Any]:
         counts = plan.get("parameters") or {}
         return {
             "realised_ratio": counts.get("removed_ratio"),
+            # Where what was removed is replaced by something smaller.
+            **({"gross_ratio": counts["gross_ratio"]} if "gross_ratio" in counts else {}),
             "parameters": counts.get("remaining"),
             "removed_blocks": len(plan.get("removed_blocks") or ()),
         }
