@@ -41,6 +41,7 @@ from prunelib.recovery.lora import LoraRecipe, recover
 from prunelib.replacement import shared_tensors
 from prunelib.reporting.published import published_names, read_published
 from prunelib.selection import Sharer, Target, block_count, check_reachable, select
+from prunelib.sharing import publish
 from prunelib.statistics import activations, influence
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters
 
@@ -968,3 +969,19 @@ def test_published_figures() -> None:
     assert "flexigpt" not in names
     assert "flexigptnonorm" in names
     assert "flexigpt" in published_names("flexigpt", {"method": "flexigpt"})
+
+
+def test_computed_adapters_are_published_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The light form copies weights; what a decomposition gives differs between machines."""
+    monkeypatch.chdir(tmp_path)
+    config = tiny_config("llama")
+    for plan, expected in (
+        (plan_of(config, {1: 3}), True),
+        (parts_plan(config, "mlp", (1,)), False),
+    ):
+        node = Node("prune", ("x",), {"shared": expected}, {})
+        node.directory.mkdir(parents=True)
+        plan.save(node.directory)
+        assert publish._computed(node) == expected

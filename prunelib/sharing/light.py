@@ -18,7 +18,8 @@ def rebuild(node: Node, out: Path) -> None:
     """Write a pruned checkpoint into ``out`` from its plan and the unpruned model.
 
     Surgery copies weights and computes none, so the files are those that were published, bit by
-    bit; ``provenance.json``, which is copied last, says so or the rebuild is refused.
+    bit; ``provenance.json``, which is copied last, says so or the rebuild is refused. Checkpoints
+    whose layers share weights hold computed adapters and are published whole.
 
     Raises:
         IntegrityError: plan or model are not what their provenance says, or a file differs from

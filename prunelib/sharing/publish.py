@@ -6,6 +6,7 @@ at the remote, commit. Every part is repeated or skipped by the next call, where
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,6 +16,7 @@ import psutil
 
 from prunelib.errors import InputError, IntegrityError
 from prunelib.experiment.graph import RESULTS, Node
+from prunelib.plan import FILE_NAME as PLAN
 from prunelib.provenance import artefact
 from prunelib.sharing.repository import (
     HELD,
@@ -108,8 +110,16 @@ def _kind(node: Node, paths: frozenset[str], light: bool) -> str:
         if record.read_bytes() != mine:
             return "others"
     if light and str(pointer_of(node.directory)) not in paths:
+        if node.step == "prune" and _computed(node):
+            return "held"
         return {"prune": "plans", "merge": "merged"}.get(node.step, "held")
     return "held"
+
+
+def _computed(node: Node) -> bool:
+    """Whether a pruned checkpoint holds weights that its plan does not say: computed adapters."""
+    plan = node.directory / PLAN
+    return plan.is_file() and "shared" in json.loads(plan.read_text(encoding="utf-8"))
 
 
 def sizes(stock: Stock) -> str:
