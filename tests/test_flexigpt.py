@@ -802,7 +802,7 @@ def test_an_interrupted_recovery_ends_with_the_same_bytes(
         (lambda t: t.popitem(), IntegrityError, "is absent, the model needs"),
         (lambda t: t.update(x=torch.zeros(1)), IntegrityError, "the model needs absent"),
         (lambda t: t[min(t)].fill_(math.nan), NonFiniteError, "NaN or infinity"),
-        (None, IntegrityError, "shared_model.safetensors is missing"),
+        (None, IntegrityError, "trained.safetensors is missing"),
     ],
 )
 def test_what_does_not_fit_is_refused(
@@ -812,7 +812,7 @@ def test_what_does_not_fit_is_refused(
     tensors = {n: p.detach().clone() for n, p in adapters.shared_parameters(model).items()}
     if change is not None:
         change(tensors)
-        save_file(tensors, tmp_path / "shared_model.safetensors")
+        save_file(tensors, tmp_path / "trained.safetensors")
     with pytest.raises(error, match=message):
         adapters.attach(model, tmp_path)
 
@@ -820,7 +820,7 @@ def test_what_does_not_fit_is_refused(
 def test_a_plain_model_takes_nothing_of_shared_layers(
     tiny_checkpoint: Checkpoints, tmp_path: Path
 ) -> None:
-    save_file({"x": torch.zeros(1)}, tmp_path / "shared_model.safetensors")
+    save_file({"x": torch.zeros(1)}, tmp_path / "trained.safetensors")
     with pytest.raises(IntegrityError, match="the model needs absent"):
         adapters.attach(tiny_model("llama"), tmp_path)
     with pytest.raises(InputError, match="kept_lora is 1; allowed: true, false"):

@@ -193,6 +193,6 @@ def test_recipe_of_the_catalogue_reads_a_billion_tokens():
     import yaml
 
     catalogue = yaml.safe_load((Path(__file__).parents[1] / "config/recovery.yaml").read_text())
-    recipe = parse_recipe(catalogue["lora_slimpajama"]["recipe"])
+    recipe = parse_recipe(catalogue["flexigpt_1b"]["recipe"])
     steps = total_steps(None, recipe)
     assert (steps - 1) * 480 * 2048 < 10**9 <= steps * 480 * 2048
