@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, Any
 from prunelib.device import resolve_device, resolve_dtype
 from prunelib.errors import InputError, IntegrityError
 from prunelib.families import family_of
-from prunelib.families.base import VIRTUAL
+from prunelib.families.base import VIRTUAL, check_virtual
 from prunelib.plan import FILE_NAME as PLAN_FILE
 from prunelib.plan import Plan
 from prunelib.provenance import artefact
@@ -307,6 +307,8 @@ def build_model(
     from huggingface_hub.errors import StrictDataclassError
 
     family = family_of_config(config)
+    if config.get(VIRTUAL) is not None:
+        check_virtual(config)
     config_class, model_class = family.classes(config)
     data = {k: v for k, v in config.items() if k not in ("auto_map", "model_type")}
     per_layer = data.pop("per_layer_config", None)

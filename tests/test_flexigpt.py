@@ -291,6 +291,35 @@ def test_what_shared_blocks_cannot_be_is_refused(
             pruned_config(family_of(other), other, parts_plan(other, part, (1,)))
 
 
+@pytest.mark.parametrize(
+    ("layer", "entry"),
+    [
+        (1, {"base": 9, "rank": 4, "normalise": True}),
+        (1, {"base": 2, "rank": 4, "normalise": True}),
+        (1, {"base": "3", "rank": 4, "normalise": True}),
+        (1, {"base": 3, "rank": 0, "normalise": True}),
+        (1, {"base": 3, "rank": 4}),
+        (0, {"without": "norm"}),
+        (0, "nothing"),
+    ],
+)
+def test_a_hostile_config_is_refused(
+    layer: int, entry: Any, tiny_checkpoint: Checkpoints, tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    plan = plan_of(checkpoint.read_config(source), {1: 3, 2: 3})
+    checkpoint.prune_checkpoint(source, plan, tmp_path)
+    config = checkpoint.read_config(tmp_path)
+    config["virtual_layers"][layer] = entry
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match=rf"virtual_layers\[{layer}\] is .*; allowed: "):
+        checkpoint.load_model(tmp_path)
+    config["virtual_layers"] = [{}]
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    with pytest.raises(InputError, match="virtual_layers must be a list of 4 layers"):
+        checkpoint.load_model(tmp_path)
+
+
 # ------------------------------------------------------------ decompositions and distances
 
 

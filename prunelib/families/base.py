@@ -207,6 +207,30 @@ def class_title(config: Config) -> str:
     return "OPT" if model_type == "opt" else model_type.capitalize()
 
 
+def check_virtual(config: Config) -> None:
+    """Refuse ``virtual_layers`` that say nothing a model could be built from.
+
+    Raises:
+        InputError: with the first layer that does not fit.
+    """
+    entries, count = config.get(VIRTUAL), config.get("num_hidden_layers")
+    if not isinstance(entries, list) or len(entries) != count:
+        raise InputError(f"config.json: {VIRTUAL} must be a list of {count} layers")
+    own = [place for place, entry in enumerate(entries) if entry == {}]
+    parts = [{"without": part} for part in Family.parts]
+    for place, entry in enumerate(entries):
+        fits = entry == {} or entry in parts
+        if isinstance(entry, Mapping) and set(entry) == {"base", "rank", "normalise"}:
+            rank, whole = entry["rank"], type(entry["base"]) is int
+            fits = whole and entry["base"] in own and type(rank) is int and rank >= 1
+            fits = fits and isinstance(entry["normalise"], bool)
+        if not fits:
+            raise InputError(
+                f"config.json: {VIRTUAL}[{place}] is {entry!r}; allowed: {{}}, a part that it is "
+                "without, or base (a layer with weights of its own), rank and normalise"
+            )
+
+
 def refuse_pruned(config: Config) -> None:
     """Refuse a config whose layers differ already.
 
@@ -286,7 +310,7 @@ class Family(ABC):
 
     def classes(self, config: Config) -> tuple[type[PreTrainedConfig], type[PreTrainedModel]]:
         """Return the classes of a config, also of one with layers that share weights."""
-        if VIRTUAL not in config:
+        if config.get(VIRTUAL) is None:
             return self.model_class(config)
         from prunelib.families import modeling_shared
 
@@ -298,7 +322,7 @@ class Family(ABC):
 
     def source_file(self, config: Config) -> str:
         """Return the path of the modelling file that a config needs which is not stock."""
-        if VIRTUAL not in config:
+        if config.get(VIRTUAL) is None:
             return self.modeling_file()
         from prunelib.families import modeling_shared
 
