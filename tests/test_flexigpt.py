@@ -39,8 +39,16 @@ from prunelib.plan import Plan, SharedBlock
 from prunelib.recovery import adapters, lora
 from prunelib.recovery.lora import LoraRecipe, recover
 from prunelib.replacement import shared_tensors
+from prunelib.reporting import artefacts
 from prunelib.reporting.published import published_names, read_published
-from prunelib.selection import Sharer, Target, block_count, check_reachable, select
+from prunelib.selection import (
+    TARGET_KINDS,
+    Sharer,
+    Target,
+    block_count,
+    check_reachable,
+    select,
+)
 from prunelib.sharing import publish
 from prunelib.statistics import activations, influence
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters
@@ -1014,3 +1022,11 @@ def test_computed_adapters_are_published_whole(
         node.directory.mkdir(parents=True)
         plan.save(node.directory)
         assert publish._computed(node) == expected
+
+
+def test_reports_know_targets_in_layers() -> None:
+    """All kinds of targets that selection knows."""
+    assert set(artefacts.TARGET_KINDS) == set(TARGET_KINDS)
+    target = artefacts._parse_target({"kind": "layers", "value": 40}, "cells[0]")
+    assert target is not None
+    assert target.label == "layers 40"

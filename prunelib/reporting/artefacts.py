@@ -27,7 +27,7 @@ CONTENT = {
     "efficiency": "metrics.json",
 }
 STEPS = tuple(CONTENT)
-TARGET_KINDS = ("parameters", "groups", "blocks")
+TARGET_KINDS = ("parameters", "groups", "blocks", "layers")
 CONTROLS = ("dense", "random", "prune_zero", "recovery_only")
 
 
