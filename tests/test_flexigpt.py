@@ -185,7 +185,7 @@ def test_loads_in_a_fresh_interpreter(tiny_checkpoint: Checkpoints, tmp_path: Pa
         source = tiny_checkpoint(name)
         config = checkpoint.read_config(source)
         plans = {"replaced": plan_of(config, {1: 3, 2: 0})}
-        if name != "qwen2-sliding":
+        if name in ("llama", "bloom"):
             plans["part"] = parts_plan(config, "attention", (0, 2))
         for label, plan in plans.items():
             out = tmp_path / f"{name}-{label}"
@@ -891,12 +891,11 @@ def test_experiments_plan(name: str) -> None:
     assert all("the revision is not pinned" in problem for problem in problems)
     assert bool(problems) != name.startswith("study_")
     nodes = every_node(experiment)
-    places: dict[str, set[Path]] = {}
-    for node in nodes:
-        places.setdefault(node.key, set()).add(node.directory)
-    assert all(len(directories) == 1 for directories in places.values())
     cluster = Cluster.load(CONFIG / "cluster.yaml")
-    for node in {node.key: node for node in nodes}.values():
+    # Seeds change nothing here.
+    own = [node for node in nodes if not {"seed1", "seed2"} & set(node.labels)]
+    assert {"prune", "scores", "perplexity"} <= {node.step for node in own}
+    for node in own:
         assert request(node, cluster).mem_mb <= cluster.limits.mem_mb
 
 

@@ -360,7 +360,11 @@ def test_sum_over_members_covers_every_slice() -> None:
 @pytest.mark.parametrize(
     ("name", "parameters", "message"),
     [
-        ("nothing", {}, "method 'nothing' is unknown; known: first_layers, llm_pruner, magnitude"),
+        (
+            "nothing",
+            {},
+            "method 'nothing' is unknown; known: first_layers, flexigpt, flexigpt_extend",
+        ),
         ("magnitude", {"order": 3}, "1 and 2 allowed"),
         ("magnitude", {"power": 2}, "unknown hyper-parameter power"),
         ("llm_pruner", {"criterion": "best"}, "allowed: vector, element1"),
