@@ -177,6 +177,7 @@ def test_weights_exist_once(name: str, tiny_checkpoint: Checkpoints, tmp_path: P
         assert torch.equal(model(IDS).logits, shared(name, plan)(IDS).logits)
 
 
+@pytest.mark.long
 def test_loads_in_a_fresh_interpreter(tiny_checkpoint: Checkpoints, tmp_path: Path) -> None:
     """With the modelling file beside the weights alone; generates with cache and padding."""
     bits = {}
@@ -800,7 +801,7 @@ def test_what_is_trained(kept_lora: bool, small: Path, tmp_path: Path) -> None:
         assert relative_difference(with_cache(recovered, IDS), expected) < 1e-5
         assert relative_difference(checkpoint.load_model(small)(IDS).logits, expected) > 1e-3
     meta = json.loads((out / "meta.json").read_text())
-    assert meta["method"] == ("lora" if kept_lora else "shared")
+    assert meta["method"] == ("lora" if kept_lora else "trained")
     # Rank 2 on q, k, v, o and the MLP of two layers.
     more = 2 * 2 * (96 + 72 + 72 + 96 + 3 * 88) if kept_lora else 0
     assert meta["trainable_parameters"] == sum(before[name].numel() for name in own) + more

@@ -129,6 +129,7 @@ TWO_GPUS = [
 ]
 
 
+@pytest.mark.long
 @pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=TWO_GPUS)])
 def test_recover_step_starts_its_processes(device, tiny_checkpoint, tmp_path, monkeypatch):
     from workflow_scripts import recover as recover_step

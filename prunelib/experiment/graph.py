@@ -61,7 +61,7 @@ class Node:
     def packages(self) -> tuple[str, ...]:
         """Distributions in the key."""
         extra = {"peft"} if "adapter" in self.inputs else set()
-        if self.step == "recover" and self.inputs["text"].params.get("stream"):
+        if "text" in self.inputs and self.inputs["text"].params.get("stream"):
             extra.add("datasets")
         if self.params.get("recipe", {}).get("processes", 1) > 1:
             extra.add("accelerate")
