@@ -239,6 +239,8 @@ class Rule:
         round_to: kept MLP channels per layer, or residual channels, are a multiple of this.
         sharer: what stands in the place of removed blocks, or repeats them; None: nothing.
         repeat: which blocks are repeated, by a method that removes none.
+        stay: numbers of first and last layers whose blocks stay, whatever their scores.
+        most: the share of all layers whose blocks may go, rounded down.
     """
 
     kinds: tuple[str, ...]
@@ -246,12 +248,23 @@ class Rule:
     round_to: int = 1
     sharer: Sharer | None = None
     repeat: Repeat | None = None
+    stay: tuple[int, int] = (0, 0)
+    most: float = 1.0
 
     def __post_init__(self) -> None:
+        if min(self.stay) < 0:
+            raise InputError(f"keep_first {self.stay[0]}, keep_last {self.stay[1]}: from 0 allowed")
+        if not 0 < self.most <= 1:
+            raise InputError(f"most {self.most} given; a share of the blocks in (0, 1] allowed")
         if self.ranking not in RANKINGS:
             raise InputError(f"ranking {self.ranking!r} is unknown; allowed: {', '.join(RANKINGS)}")
         if self.round_to < 1:
             raise InputError(f"round_to {self.round_to} given; a whole number from 1 allowed")
+
+    def removable(self, count: int) -> list[int]:
+        """Return the layers, of ``count``, whose blocks (or parts of blocks) may go."""
+        first, last = self.stay
+        return list(range(count))[first : max(count - last, 0)]
 
 
 def prunable_layers(family: Family, config: Config, target: Target) -> list[int]:
@@ -396,6 +409,14 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
                 f"target {target.kind} {target.value}: would remove {blocks} of "
                 f"{count} blocks; at least one must stay"
             )
+        most = min(math.floor(rule.most * count), len(rule.removable(count)))
+        if blocks > most:
+            first, last = rule.stay
+            raise InputError(
+                f"target {target.kind} {target.value}: would remove {blocks} of {count} blocks; "
+                f"with keep_first {first}, keep_last {last} and most {rule.most} this method "
+                f"removes at most {most}"
+            )
         return
     if target.kind == "blocks":
         raise InputError(f"target blocks: this method prunes {', '.join(rule.kinds)}, not blocks")
@@ -526,7 +547,9 @@ def select(
         if blocks := rule.repeat.blocks(count, wanted):
             sharing = rule.sharer.sharing(family, config, blocks)
     elif depth:
-        order = np.argsort(scores[rule.kinds[0]][0], kind="stable")
+        candidates = np.array(rule.removable(count), dtype=np.int64)
+        ranked = np.argsort(scores[rule.kinds[0]][0][candidates], kind="stable")
+        order = candidates[ranked]
         gone = sorted(int(i) for i in order[: block_count(family, config, target, rule)])
         if rule.kinds == ("block",):
             for index in gone:

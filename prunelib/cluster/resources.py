@@ -504,6 +504,8 @@ def _statistics(case: _Case) -> Work:
     name = str(case.param("name"))
     if name == "zeroth_order":
         return _zeroth_order(case)
+    if name in _DEPTH_PASSES:
+        return _depth(case, _DEPTH_PASSES[name])
     outside, name = name.endswith("_whole"), name.removesuffix("_whole")
     calibration = case.node.inputs["calibration"].params
     windows, length = calibration["windows"], calibration["length"]
@@ -635,6 +637,58 @@ def _zeroth_order(case: _Case) -> Work:
     flops = passes * tokens * model.flops(model.parameters)
     disk = model.layers * 4 * sum(rows + columns for rows, columns in model.linears.values())
     return Work(device, host, flops, moved, host_seconds=seconds, disk=disk + SMALL_BYTES)
+
+
+@dataclass(frozen=True)
+class _Walks:
+    """What a pass over the model without some of its blocks computes and holds.
+
+    Attributes:
+        blocks: blocks gone through, all candidates together; those without a part count in full.
+        heads: times that the head is applied.
+        states: hidden states of all windows that are held at once.
+    """
+
+    blocks: float
+    heads: float
+    states: int
+
+
+def _removal(layers: int, options: Mapping[str, Any]) -> _Walks:
+    # What is behind each candidate, and the whole model.
+    return _Walks(layers * (layers + 3) / 2, layers + 1, 2)
+
+
+def _greedy(layers: int, options: Mapping[str, Any]) -> _Walks:
+    # No candidate is given up: an upper bound.
+    left = [layers - gone for gone in range(math.floor(options["most"] * layers))]
+    return _Walks(sum(n * (layers + 1) / 2 + layers for n in left), sum(left), 3)
+
+
+_DEPTH_PASSES: dict[str, Callable[[int, Mapping[str, Any]], _Walks]] = {
+    "removal": _removal,
+    "greedy": _greedy,
+}
+
+
+def _depth(case: _Case, walks: Callable[[int, Mapping[str, Any]], _Walks]) -> Work:
+    """Return the work of the passes that try the model without some of its blocks."""
+    model, item = case.model, case.item
+    work = walks(model.layers, case.node.params.get("options", {}))
+    calibration = case.node.inputs["calibration"].params
+    tokens = calibration["windows"] * calibration["length"]
+    batch = min(calibration["windows"], case.param("batch_windows")) * calibration["length"]
+    device, host, seconds = _loaded(case, model.parameters)
+    device += (
+        Term(f"hidden states at {work.states} places", work.states * tokens * model.hidden * item),
+        Term(
+            f"a layer's forward pass over {batch:,} tokens",
+            batch * model.forward_token_bytes(item, calibration["length"]),
+        ),
+        Term("three chunks of logits", 3 * HEAD_BYTES),
+    )
+    products = work.blocks * model.block + work.heads * model.vocabulary * model.hidden
+    return Work(device, host, 2.0 * tokens * products, host_seconds=seconds)
 
 
 def _scores(case: _Case) -> Work:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
@@ -17,7 +17,7 @@ import numpy as np
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.families.base import RESIDUAL
-from prunelib.selection import Rule, Scores, check_iterative
+from prunelib.selection import DEPTH_KINDS, Rule, Scores, check_iterative
 
 if TYPE_CHECKING:
     import torch
@@ -138,6 +138,36 @@ class Method(ABC):
         Low scores are pruned first. Units of the whole model have one array [units]; block methods
         return one array [layers] under ``block``.
         """
+
+
+@dataclass(frozen=True, kw_only=True)
+class DepthMethod(Method):
+    """Base of methods that remove blocks, or only their attention or MLP.
+
+    Attributes:
+        remove: ``block``, ``attention`` or ``mlp``.
+        keep_first: first layers that stay whatever their scores.
+        keep_last: last layers that stay.
+    """
+
+    remove: str = "block"
+    keep_first: int = 0
+    keep_last: int = 0
+
+    def __post_init__(self) -> None:
+        if self.remove not in DEPTH_KINDS:
+            raise InputError(
+                f"remove {self.remove!r} is unknown; allowed: {', '.join(DEPTH_KINDS)}"
+            )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """As ``remove`` says."""
+        return (self.remove,)
+
+    def rule(self) -> Rule:
+        """Return what is removed, and what stays."""
+        return replace(super().rule(), stay=(self.keep_first, self.keep_last))
 
 
 def score_members(
