@@ -14,14 +14,14 @@ import transformers
 from conftest import tiny_config, tiny_model
 
 from prunelib.cluster import resources
-from prunelib.criteria.depth import chain_marginals, order_scores, present_minus_absent
+from prunelib.criteria.depth import absent_minus_present, chain_marginals, order_scores
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families import family_of
 from prunelib.families.modeling_shared import remove_part
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.selection import Target, check_reachable, select
-from prunelib.statistics import greedy, removal
+from prunelib.statistics import coalitions, greedy, removal, updates, without
 from prunelib.statistics.layerwise import Layers
 
 FAMILIES = ("llama", "opt", "bloom", "glm")
@@ -216,7 +216,14 @@ def scored(method: Any, model: Any, config: dict[str, Any]) -> dict[str, Any]:
 # Every ranker that should see that a unit does nothing.
 RANKERS: list[tuple[str, dict[str, Any]]] = [
     ("sleb", {"keep_first": 0, "keep_last": 0, "most": 1.0}),
+    ("shortened_llama", {"criterion": "perplexity"}),
     ("shortened_llama", {"criterion": "taylor"}),
+    *(
+        ("deeper_look", {"metric": metric})
+        for metric in ("cosine", "relative_l1", "relative_l2", "loss_shapley", "logit_shapley")
+    ),
+    ("deeper_look", {"metric": "loss_shapley", "scheme": "chains", "draws": 4}),
+    ("deeper_look", {"metric": "logit_shapley", "scheme": "subsets", "draws": 30}),
 ]
 
 
@@ -315,6 +322,7 @@ def test_first_four_and_last_two_blocks_stay() -> None:
         ("sleb", {"most": 0.0}, r"in \(0, 1\]"),
         ("sleb", {"keep_first": -1}, "from 0 allowed"),
         ("shortened_llama", {"criterion": "loss"}, "allowed: perplexity, taylor"),
+        ("deeper_look", {"metric": "mmlu"}, "allowed: cosine, relative_l1"),
     ],
 )
 def test_what_a_method_does_not_know_is_refused(
@@ -358,7 +366,7 @@ def test_values_of_coalitions_against_exact_enumeration() -> None:
 
     present = np.array(list(game), dtype=np.float64)
     losses = np.array(list(game.values()))
-    assert present_minus_absent(present, losses).tolist() == pytest.approx(
+    assert absent_minus_present(present, losses).tolist() == pytest.approx(
         exact(value, 4, "banzhaf")
     )
     chains = []
@@ -374,7 +382,7 @@ def test_values_of_coalitions_against_exact_enumeration() -> None:
     assert chain_marginals(rows, along).tolist() == pytest.approx(shapley)
     assert shapley != pytest.approx(exact(value, 4, "banzhaf"), rel=1e-2)
     with pytest.raises(ValueError, match="absent from others"):
-        present_minus_absent(np.ones((3, 4)), np.ones(3))
+        absent_minus_present(np.ones((3, 4)), np.ones(3))
 
 
 def walked_blocks(run: Callable[[Layers, Any], Any], layers: int) -> float:
@@ -398,3 +406,130 @@ def test_resources_count_the_blocks_of_the_passes() -> None:
     for name, options, run in cases:
         expected = resources._DEPTH_PASSES[name](8, options).blocks
         assert 0.6 * expected <= walked_blocks(run, 8) <= expected, name
+
+
+def test_values_of_coalitions_are_those_of_the_models() -> None:
+    """Losses and distances of logits of real coalitions, against plain forward passes."""
+    model = tiny_model("llama")
+    config = model.config.to_dict()
+    before = weights_hash(model)
+    with torch.no_grad():
+        whole = model(WINDOWS).logits[:, :-1].double()
+    for part, scheme in (("block", "subsets"), ("attention", "chains"), ("mlp", "leave_one_out")):
+        found = coalitions.collect(
+            model, family_of(config), config, WINDOWS, 4,
+            part=part, scheme=scheme, draws=5, kept=0.5, seed=1,
+        )  # fmt: skip
+        for row, loss, distance in zip(
+            found["present"], found["losses"], found["distances"], strict=True
+        ):
+            gone = [i for i in range(4) if not row[i]]
+            if len(gone) == 4 and part == "block":
+                continue
+            assert loss.item() == pytest.approx(plain_loss(model, part, gone), rel=1e-6)
+            with torch.no_grad(), lacking(model, part, gone) as smaller:
+                logits = smaller(WINDOWS, use_cache=False).logits[:, :-1].double()
+            expected = (logits - whole).norm(dim=-1).mean().item()
+            assert distance.item() == pytest.approx(expected, rel=1e-5, abs=1e-9)
+        assert found["loss"].item() == pytest.approx(plain_loss(model), rel=1e-6)
+    assert weights_hash(model) == before
+
+
+def test_random_orders_approach_the_shapley_value_of_the_model() -> None:
+    """Four real blocks: the pass over all 16 coalitions, and over many random orders."""
+    from itertools import product
+
+    model = trained("llama")
+    config = model.config.to_dict()
+    family = family_of(config)
+    losses = {}
+    layers = Layers(model, family)
+    for row in product((0, 1), repeat=4):
+        stream = layers.begin(WINDOWS, 6)
+        without.advance(layers, stream, "block", [i for i in range(4) if not row[i]], 0)
+        losses[row] = layers.loss(stream)
+
+    def value(coalition: frozenset[int]) -> float:
+        return -losses[tuple(int(i in coalition) for i in range(4))]
+
+    found = {}
+    for draws in (1, 60):
+        found[draws] = scored(
+            create("deeper_look", {"metric": "loss_shapley", "scheme": "chains", "draws": draws}),
+            model,
+            config,
+        )["block"][0]
+    expected = np.array(exact(value, 4, "shapley"))
+    # Every chain's marginals add up to what the whole model gains over none of its blocks.
+    assert found[1].sum() == pytest.approx(expected.sum(), rel=1e-6)
+    assert np.abs(found[60] - expected).max() < 0.15 * np.abs(expected).max()
+    assert np.abs(found[60] - expected).max() < np.abs(found[1] - expected).max()
+
+
+def test_draws_of_coalitions() -> None:
+    rows = coalitions.draw(6, "subsets", 40, 0.5, 3)
+    assert rows.shape == (40, 6)
+    assert (rows.sum(1) == 3).all()
+    assert np.array_equal(rows, coalitions.draw(6, "subsets", 40, 0.5, 3))
+    assert not np.array_equal(rows, coalitions.draw(6, "subsets", 40, 0.5, 4))
+    chains = coalitions.draw(6, "chains", 2, 0.5, 0).reshape(2, 7, 6)
+    assert (chains.sum(2) == np.arange(6, -1, -1)).all()
+    assert (chains[:, 1:] <= chains[:, :-1]).all()
+    assert not np.array_equal(chains[0], chains[1])
+    for arguments, message in (
+        ((6, "all", 1, 0.5, 0), "allowed: leave_one_out, subsets, chains"),
+        ((6, "subsets", 0, 0.5, 0), "from 1 allowed"),
+        ((6, "subsets", 9, 0.1, 0), "between 1 and 5 of 6"),
+        ((6, "subsets", 1, 0.5, 0), "in all or none of the 1 sets"),
+    ):
+        with pytest.raises(InputError, match=message):
+            coalitions.draw(*arguments)
+
+
+@pytest.mark.parametrize("name", [*FAMILIES, "opt-post-norm"])
+def test_updates_by_hand(name: str) -> None:
+    """From the hidden states that a plain forward pass hands from layer to layer."""
+    model = tiny_model(name)
+    config = model.config.to_dict()
+    family = family_of(config)
+    found = updates.collect(model, family, config, WINDOWS, 4)
+    states: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        if not states:
+            states.append((args[0] if args else kwargs["hidden_states"]).double())
+        states.append((output[0] if isinstance(output, tuple) else output).double())
+
+    for layer in family.layers(model):
+        layer.register_forward_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        model(WINDOWS)
+    for index in range(4):
+        x, y = states[index], states[index + 1]
+        cosine = 1 - torch.nn.functional.cosine_similarity(x, y, dim=-1).mean().item()
+        assert found["block.cosine"][index].item() == pytest.approx(cosine, abs=1e-6)
+        for p in (1, 2):
+            relative = ((y - x).norm(p, -1) / x.norm(p, -1)).mean().item()
+            assert found[f"block.relative_l{p}"][index].item() == pytest.approx(relative, rel=1e-5)
+    assert ("mlp.cosine" in found) == (name != "opt-post-norm")
+    if name == "llama":
+        # The MLP's update is what the block's output has and its own input has not.
+        layer = model.model.layers[0]
+        with torch.no_grad():
+            middle = (
+                states[1]
+                - layer.mlp(layer.post_attention_layernorm(_middle(layer, model))).double()
+            )
+        for part, x, y in (("attention", states[0], middle), ("mlp", middle, states[1])):
+            relative = ((y - x).norm(2, -1) / x.norm(2, -1)).mean().item()
+            assert found[f"{part}.relative_l2"][0].item() == pytest.approx(relative, rel=1e-4)
+
+
+def _middle(layer: Any, model: Any) -> torch.Tensor:
+    seen = []
+    hook = layer.post_attention_layernorm.register_forward_pre_hook(
+        lambda module, args: seen.append(args[0])
+    )
+    model(WINDOWS)
+    hook.remove()
+    return seen[0]

@@ -665,9 +665,24 @@ def _greedy(layers: int, options: Mapping[str, Any]) -> _Walks:
     return _Walks(sum(n * (layers + 1) / 2 + layers for n in left), sum(left), 3)
 
 
+def _coalitions(layers: int, options: Mapping[str, Any]) -> _Walks:
+    # Counted as if nothing were missing: an upper bound. The whole model's logits are made anew.
+    draws = options["draws"] * {"leave_one_out": layers, "chains": layers + 1}.get(
+        options["scheme"], 1
+    )
+    return _Walks((draws + 1) * layers, 2 * (draws + 1), 3)
+
+
+def _one_walk(layers: int, options: Mapping[str, Any]) -> _Walks:
+    # Inputs, what is between attention and MLP, outputs; norms in fp32.
+    return _Walks(layers, 0, 6)
+
+
 _DEPTH_PASSES: dict[str, Callable[[int, Mapping[str, Any]], _Walks]] = {
     "removal": _removal,
     "greedy": _greedy,
+    "coalitions": _coalitions,
+    "updates": _one_walk,
 }
 
 

@@ -26,7 +26,7 @@ def order_scores(order: Sequence[int], count: int) -> Array:
     return scores
 
 
-def present_minus_absent(present: Array, values: Array) -> Array:
+def absent_minus_present(present: Array, values: Array) -> Array:
     """Return, per unit, the mean value of coalitions without it minus that of those with it [n].
 
     "A deeper look at depth pruning of LLMs" (arXiv 2407.16286) ranks by it, values being losses
