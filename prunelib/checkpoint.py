@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from itertools import chain
 from pathlib import Path
@@ -246,8 +246,16 @@ def _save(
     return write_tensors(((n, t) for n, t in tensors if not (tied and n in TIED_NAMES)), out)
 
 
-def prune_checkpoint(source: Path, plan: Plan, out: Path) -> None:
+def prune_checkpoint(
+    source: Path, plan: Plan, out: Path, scores: Mapping[str, Sequence[Any]] | None = None
+) -> None:
     """Write the checkpoint that ``plan`` leaves of the one in ``source``, tensor by tensor.
+
+    Args:
+        source: the unpruned checkpoint.
+        plan: the decision.
+        out: the new directory.
+        scores: what the decision came from; of plans with emulated blocks, with their maps.
 
     Raises:
         InputError: the plan does not fit the model.
@@ -256,7 +264,17 @@ def prune_checkpoint(source: Path, plan: Plan, out: Path) -> None:
     config = read_config(source)
     family = family_of(config)
     new, stock = pruned_config(family, config, plan)
-    tensors = prune_tensors(read_tensors(source), family, config, plan)
+    tensors = read_tensors(source)
+    if plan.merged:
+        from prunelib.merging import merge_tensors
+
+        tensors = merge_tensors(tensors, family, config, plan, WeightReader(source))
+    tensors = prune_tensors(tensors, family, config, plan)
+    if plan.emulation is not None:
+        from prunelib.emulation import emulated_tensors
+
+        dtype = WeightReader(source)(family.embedding).dtype
+        tensors = chain(tensors, emulated_tensors(family, plan, scores or {}, dtype))
     if plan.sharing is not None:
         from prunelib.replacement import shared_tensors
 

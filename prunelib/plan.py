@@ -7,8 +7,11 @@ It is written as JSON beside every pruned checkpoint.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +32,13 @@ _KEYS = {
     "produced_by",
     "shared",
     "skipped",
+    "merged",
+    "emulated",
 }
 # Parts of a block that can go by themselves.
 PARTS = ("attention", "mlp")
+# Names among scores of the map that emulates a block: bias, and the two factors.
+EMULATION = ("emulation_bias", "emulation_a", "emulation_b")
 
 
 @dataclass(frozen=True)
@@ -99,6 +106,109 @@ class Sharing:
 
 
 @dataclass(frozen=True)
+class MergedBlock:
+    """A layer whose matrices are a sum of several blocks' (LaCo); its norms stay its own.
+
+    Attributes:
+        base: original index of the layer, which stays.
+        terms: original indices, increasing, and the factors of their matrices; these add up to 1.
+    """
+
+    base: int
+    terms: tuple[tuple[int, float], ...]
+
+    def __post_init__(self) -> None:
+        blocks = [block for block, _ in self.terms]
+        if not blocks or blocks != sorted(set(blocks)):
+            raise InputError(f"plan: the terms of layer {self.base} must be increasing")
+        total = math.fsum(factor for _, factor in self.terms)
+        if not abs(total - 1) < 1e-6:
+            raise InputError(f"plan: the factors of layer {self.base} add up to {total}, not to 1")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-serialisable data."""
+        return {"base": self.base, "terms": [list(term) for term in self.terms]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> MergedBlock:
+        """Read it back; raises KeyError, TypeError, ValueError or InputError."""
+        terms = ((int(block), float(factor)) for block, factor in data["terms"])
+        return cls(int(data["base"]), tuple(terms))
+
+
+def merged_layers(order: Sequence[int], bases: Sequence[int]) -> tuple[MergedBlock, ...]:
+    """Return the sums of matrices that merging blocks in order amounts to (LaCo).
+
+    Blocks that follow each other in the order and have the same base are merged into it at once:
+    ``W = W_b + sum_k (W_k - W_b)`` (arXiv 2402.11187, equation 1), where any of them may be a sum
+    already.
+
+    Args:
+        order: blocks as they are merged.
+        bases: for each of them, the layer that it is merged into.
+    """
+    sums: dict[int, dict[int, float]] = {}
+    for base, group in groupby(zip(order, bases, strict=True), key=itemgetter(1)):
+        before = sums.get(base, {base: 1.0})
+        after = dict(before)
+        for block, _ in group:
+            for index, factor in sums.pop(block, {block: 1.0}).items():
+                after[index] = after.get(index, 0.0) + factor
+            for index, factor in before.items():
+                after[index] -= factor
+        sums[base] = after
+    return tuple(
+        MergedBlock(base, tuple((i, f) for i, f in sorted(terms.items()) if f))
+        for base, terms in sorted(sums.items())
+    )
+
+
+@dataclass(frozen=True)
+class EmulatedBlock:
+    """A layer of the new model that stands for a removed block.
+
+    Attributes:
+        place: its index among the layers of the new model.
+        like: original index of the removed block.
+    """
+
+    place: int
+    like: int
+
+
+@dataclass(frozen=True)
+class Emulation:
+    """Removed blocks in whose place the residual stream gets ``bias + A B h``.
+
+    Attributes:
+        blocks: the layers, by place.
+        rank: of A and B; 0 where there is the bias alone.
+        parameters: what all these layers hold.
+    """
+
+    blocks: tuple[EmulatedBlock, ...]
+    rank: int
+    parameters: int
+
+    def __post_init__(self) -> None:
+        places = [block.place for block in self.blocks]
+        if not places or places != sorted(set(places)) or places[0] < 0:
+            raise InputError("plan: emulated blocks must have increasing places, at least one")
+        if self.rank < 0:
+            raise InputError(f"plan: emulated rank {self.rank} given; from 0 allowed")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Return it as JSON-serialisable data."""
+        return asdict(self) | {"blocks": [asdict(block) for block in self.blocks]}
+
+    @classmethod
+    def from_dict(cls, data: Mapping[str, Any]) -> Emulation:
+        """Read it back; raises KeyError, TypeError, ValueError or InputError."""
+        blocks = (EmulatedBlock(int(b["place"]), int(b["like"])) for b in data["blocks"])
+        return cls(tuple(blocks), int(data["rank"]), int(data["parameters"]))
+
+
+@dataclass(frozen=True)
 class Plan:
     """A frozen pruning decision.
 
@@ -113,6 +223,8 @@ class Plan:
         whole: the kept unit ids (sorted) of the kinds that run through the whole model.
         sharing: the layers that use other blocks' weights, if any.
         skipped: by part of a block (``PARTS``), the layers that lose it alone.
+        merged: the layers whose matrices are sums of several blocks', by index.
+        emulation: what stands in the place of removed blocks and is no block, if anything.
     """
 
     family: str
@@ -125,6 +237,8 @@ class Plan:
     whole: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
     sharing: Sharing | None = None
     skipped: Mapping[str, tuple[int, ...]] = field(default_factory=dict)
+    merged: tuple[MergedBlock, ...] = ()
+    emulation: Emulation | None = None
 
     def __post_init__(self) -> None:
         if all(layer is None for layer in self.kept):
@@ -138,6 +252,8 @@ class Plan:
             raise InputError("plan: shared blocks and removed parts need all other units whole")
         self._check_sharing()
         self._check_skipped()
+        self._check_merged()
+        self._check_emulation()
 
     def _check_sharing(self) -> None:
         blocks = self.sharing.blocks if self.sharing else ()
@@ -156,6 +272,25 @@ class Plan:
                 raise InputError(f"plan: unknown part {part!r}; allowed: {', '.join(PARTS)}")
             if list(layers) != sorted(set(layers)) or not set(layers) <= set(self.kept_layers):
                 raise InputError(f"plan: layers without {part} must be increasing and stay")
+
+    def _check_merged(self) -> None:
+        bases = [layer.base for layer in self.merged]
+        if bases != sorted(set(bases)) or not set(bases) <= set(self.kept_layers):
+            raise InputError("plan: merged layers must be increasing and stay")
+        for layer in self.merged:
+            if layer.terms[0][0] < 0 or layer.terms[-1][0] >= len(self.kept):
+                raise InputError(f"plan: the terms of layer {layer.base} are out of range")
+        if bases and (self.units or self.whole or self.sharing or self.skipped):
+            raise InputError("plan: merged layers go with removed blocks alone")
+
+    def _check_emulation(self) -> None:
+        blocks = self.emulation.blocks if self.emulation else ()
+        count = len(self.kept_layers) + len(blocks)
+        for block in blocks:
+            if block.like not in self.removed_blocks or block.place >= count:
+                raise InputError(f"plan: the emulated block at place {block.place} is out of range")
+        if blocks and (self.units or self.whole or self.sharing or self.skipped or self.merged):
+            raise InputError("plan: emulated blocks go with removed blocks alone")
 
     def _check_units(self, where: str, kind: str, ids: tuple[int, ...]) -> None:
         if kind not in self.units:
@@ -178,12 +313,16 @@ class Plan:
         return tuple(i for i, layer in enumerate(self.kept) if layer is None)
 
     @property
-    def layers(self) -> tuple[int | SharedBlock, ...]:
-        """The layers of the new model: original indices, or blocks that share weights."""
-        shared = {block.place: block for block in (self.sharing.blocks if self.sharing else ())}
+    def layers(self) -> tuple[int | SharedBlock | EmulatedBlock, ...]:
+        """The layers of the new model: original indices, or what stands in other blocks' place."""
+        others: dict[int, SharedBlock | EmulatedBlock] = {}
+        if self.sharing:
+            others |= {block.place: block for block in self.sharing.blocks}
+        if self.emulation:
+            others |= {block.place: block for block in self.emulation.blocks}
         own = iter(self.kept_layers)
-        count = len(self.kept_layers) + len(shared)
-        return tuple(shared[place] if place in shared else next(own) for place in range(count))
+        count = len(self.kept_layers) + len(others)
+        return tuple(others[place] if place in others else next(own) for place in range(count))
 
     @property
     def places(self) -> dict[int, int]:
@@ -192,15 +331,16 @@ class Plan:
 
     @property
     def removed_ratio(self) -> float:
-        """Parameters removed over all parameters, net of what shared blocks add."""
+        """Parameters removed over all parameters, net of what stands in removed blocks' place."""
         before, after = self.parameters
         return (before - after) / before
 
     @property
     def gross_removed_ratio(self) -> float:
-        """Parameters removed over all parameters, what shared blocks add not counted."""
+        """Parameters removed over all parameters; what stands in their place is not counted."""
         before, after = self.parameters
-        return (before - after + (self.sharing.parameters if self.sharing else 0)) / before
+        added = self.sharing or self.emulation
+        return (before - after + (added.parameters if added else 0)) / before
 
     def to_dict(self) -> dict[str, Any]:
         """Return the plan as JSON-serialisable data."""
@@ -214,6 +354,14 @@ class Plan:
             shared = {"shared": self.sharing.to_dict()}
             gross = {"shared": self.sharing.parameters, "gross_ratio": self.gross_removed_ratio}
         more = shared | ({"skipped": skipped} if skipped else {})
+        if self.merged:
+            more["merged"] = [layer.to_dict() for layer in self.merged]
+        if self.emulation:
+            more["emulated"] = self.emulation.to_dict()
+            gross = {
+                "emulated": self.emulation.parameters,
+                "gross_ratio": self.gross_removed_ratio,
+            }
         return (
             ({"kept": whole} if whole else {})
             | more
@@ -272,6 +420,8 @@ class Plan:
                 whole={k: tuple(map(int, ids)) for k, ids in data.get("kept", {}).items()},
                 sharing=Sharing.from_dict(data["shared"]) if "shared" in data else None,
                 skipped={k: tuple(map(int, ids)) for k, ids in data.get("skipped", {}).items()},
+                merged=tuple(MergedBlock.from_dict(layer) for layer in data.get("merged", [])),
+                emulation=Emulation.from_dict(data["emulated"]) if "emulated" in data else None,
             )
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise InputError(f"plan: malformed ({type(error).__name__}: {error})") from error

@@ -32,7 +32,16 @@ import numpy.typing as npt
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families.base import RESIDUAL
-from prunelib.plan import PARTS, Plan, SharedBlock, Sharing
+from prunelib.plan import (
+    PARTS,
+    EmulatedBlock,
+    Emulation,
+    MergedBlock,
+    Plan,
+    SharedBlock,
+    Sharing,
+    merged_layers,
+)
 from prunelib.surgery import remaining_parameters
 
 if TYPE_CHECKING:
@@ -44,8 +53,10 @@ RANKINGS = ("local", "global")
 ORDERS = ("block", "sequential")
 # Units that are ranked over all layers at once, one score per layer.
 DEPTH_KINDS = ("block", *PARTS)
-# Scores beside those of blocks: per block, its distance to every other one.
+# Scores beside those of blocks: per block, its distance to every other one, and the layer that it
+# is merged into, -1 where it is not.
 DISTANCE = "distance"
+BASE = "base"
 
 
 @dataclass(frozen=True)
@@ -241,6 +252,8 @@ class Rule:
         repeat: which blocks are repeated, by a method that removes none.
         stay: numbers of first and last layers whose blocks stay, whatever their scores.
         most: the share of all layers whose blocks may go, rounded down.
+        merge: whether removed blocks are merged into others, as scores say.
+        emulate: rank of the map in the place of removed blocks, 0 for a bias; None: nothing.
     """
 
     kinds: tuple[str, ...]
@@ -250,6 +263,8 @@ class Rule:
     repeat: Repeat | None = None
     stay: tuple[int, int] = (0, 0)
     most: float = 1.0
+    merge: bool = False
+    emulate: int | None = None
 
     def __post_init__(self) -> None:
         if min(self.stay) < 0:
@@ -476,7 +491,30 @@ def block_count(family: Family, config: Config, target: Target, rule: Rule) -> i
                 f"{added:,} parameters, the block {each:,}; a smaller rank allowed"
             )
         each -= added
+    if rule.emulate is not None:
+        each -= emulated_parameters(family, config, rule.emulate)
+        if each <= 0:
+            raise InputError(
+                f"rank {rule.emulate}: what emulates a block has no fewer parameters than the "
+                "block; a smaller rank allowed"
+            )
     return round(target.value * family.parameters(config) / each)
+
+
+def emulated_parameters(family: Family, config: Config, rank: int) -> int:
+    """Return the parameters of what emulates one block: a bias and two factors."""
+    return family.dimensions(config).hidden * (1 + 2 * rank)
+
+
+def _merged(removed: Sequence[int], scores: Scores) -> tuple[MergedBlock, ...]:
+    """Return the merged layers when ``removed`` blocks go, in this order."""
+    bases = [int(scores[BASE][0][block]) for block in removed]
+    if -1 in bases:
+        raise InputError(
+            f"target: {len(removed)} blocks are to be merged; at this threshold at most "
+            f"{bases.index(-1)} are. A lower threshold or target allowed"
+        )
+    return merged_layers(removed, bases)
 
 
 def _bases(removed: Sequence[int], distances: Sequence[npt.NDArray[np.float64]]) -> dict[int, int]:
@@ -541,6 +579,8 @@ def select(
     whole: dict[str, tuple[int, ...]] = {}
     sharing: Sharing | None = None
     skipped: dict[str, tuple[int, ...]] = {}
+    merged: tuple[MergedBlock, ...] = ()
+    emulation: Emulation | None = None
     if rule.repeat is not None:
         assert rule.sharer is not None
         wanted = int(target.value) if target.kind == "layers" else count
@@ -550,12 +590,22 @@ def select(
         candidates = np.array(rule.removable(count), dtype=np.int64)
         ranked = np.argsort(scores[rule.kinds[0]][0][candidates], kind="stable")
         order = candidates[ranked]
-        gone = sorted(int(i) for i in order[: block_count(family, config, target, rule)])
+        lowest = [int(i) for i in order[: block_count(family, config, target, rule)]]
+        gone = sorted(lowest)
         if rule.kinds == ("block",):
             for index in gone:
                 kept[index] = None
         elif gone:
             skipped[rule.kinds[0]] = tuple(gone)
+        if rule.merge:
+            merged = _merged(lowest, scores)
+        if rule.emulate is not None and gone:
+            # Nothing moves.
+            emulation = Emulation(
+                tuple(EmulatedBlock(index, index) for index in gone),
+                rule.emulate,
+                len(gone) * emulated_parameters(family, config, rule.emulate),
+            )
         if rule.sharer is not None:
             sharing = _shared(gone, scores, family, config, rule.sharer)
     elif len(everything) < len(kinds):
@@ -576,13 +626,16 @@ def select(
         parameters=(
             family.parameters(config),
             remaining_parameters(family, config, kept, whole, skipped)
-            + (sharing.parameters if sharing else 0),
+            + (sharing.parameters if sharing else 0)
+            + (emulation.parameters if emulation else 0),
         ),
         target=target.to_dict(),
         produced_by=dict(produced_by),
         whole=whole,
         sharing=sharing,
         skipped=skipped,
+        merged=merged,
+        emulation=emulation,
     )
 
 

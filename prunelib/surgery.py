@@ -11,6 +11,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from prunelib.errors import InputError
+from prunelib.plan import EmulatedBlock
 
 if TYPE_CHECKING:
     import numpy as np
@@ -106,7 +107,8 @@ def prune_tensors(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield the tensors of the pruned model: kept rows and columns, layers numbered anew.
 
-    What layers that share weights hold of their own is not among them, see ``replacement``.
+    What layers that share weights hold of their own is not among them (``replacement``), nor what
+    emulates blocks (``emulation``); merged layers are taken as they come (``merging``).
 
     Args:
         tensors: (name, tensor) pairs of the unpruned model, in any order.
@@ -157,6 +159,8 @@ def zero_tensors(
     """
     check_plan(plan, family, config)
     _check_zero_blocks(plan, family, config)
+    if plan.merged:
+        raise InputError("a plan that merges layers is not one of units set to zero")
     nothing: Mapping[str, Sequence[int]] = dict.fromkeys(family.units(config), ())
     kept = [nothing if layer is None else layer for layer in plan.kept]
     positions = _positions(family, config, kept, plan.whole)
@@ -232,7 +236,7 @@ def pruned_config(family: Family, config: Config, plan: Plan) -> tuple[dict[str,
     check_plan(plan, family, config)
     for part in plan.skipped:
         family.check_parts(config, part)
-    if plan.sharing or any(plan.skipped.values()):
+    if plan.sharing or plan.emulation or any(plan.skipped.values()):
         return family.virtual_config(config, *_virtual_layers(plan)), False
     if not plan.removed_blocks and (
         remaining_parameters(family, config, plan.kept, plan.whole) == family.parameters(config)
@@ -256,6 +260,10 @@ def _virtual_layers(plan: Plan) -> tuple[list[int], list[dict[str, Any]]]:
             sources.append(layer)
             parts = [part for part, layers in plan.skipped.items() if layer in layers]
             entries.append({"without": parts[0]} if parts else {})
+        elif isinstance(layer, EmulatedBlock):
+            assert plan.emulation is not None
+            sources.append(layer.like)
+            entries.append({"emulate": plan.emulation.rank})
         else:
             assert plan.sharing is not None
             sources.append(layer.like)
@@ -274,6 +282,11 @@ def _check_zero_blocks(plan: Plan, family: Family, config: Config) -> None:
         raise InputError(
             "a plan whose layers share weights cannot be written with zeros in the place of what "
             "is removed: its adapters and norms have no place in the stock architecture"
+        )
+    if plan.emulation:
+        raise InputError(
+            "a plan with emulated blocks cannot be written with zeros in the place of what is "
+            "removed: their maps have no place in the stock architecture"
         )
     if (plan.removed_blocks or plan.skipped) and not family.zero_block_is_neutral(config):
         raise InputError(

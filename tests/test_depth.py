@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
+import shutil
 from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
+from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,18 +16,43 @@ import pytest
 import torch
 import transformers
 from conftest import tiny_config, tiny_model
+from test_pruned_equals_masked import (
+    load_in_a_fresh_interpreter,
+    relative_difference,
+    with_cache,
+)
 
+from prunelib import checkpoint
 from prunelib.cluster import resources
+from prunelib.cluster.resources import request
+from prunelib.cluster.settings import Cluster
 from prunelib.criteria.depth import absent_minus_present, chain_marginals, order_scores
 from prunelib.errors import InputError, NonFiniteError
+from prunelib.experiment.experiment import Experiment
+from prunelib.experiment.graph import closure
 from prunelib.families import family_of
 from prunelib.families.modeling_shared import remove_part
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
+from prunelib.plan import MergedBlock, Plan, merged_layers
+from prunelib.provenance import artefact
+from prunelib.provenance.step import StepRequest
+from prunelib.reporting.published import read_published
 from prunelib.selection import Target, check_reachable, select
-from prunelib.statistics import coalitions, greedy, removal, updates, without
+from prunelib.statistics import (
+    coalitions,
+    emulation,
+    greedy,
+    laco,
+    removal,
+    updates,
+    without,
+)
 from prunelib.statistics.layerwise import Layers
+from prunelib.surgery import zero_tensors
+from workflow_scripts import collect_statistics, prune, score
 
+CONFIG = Path(__file__).resolve().parents[1] / "config"
 FAMILIES = ("llama", "opt", "bloom", "glm")
 WINDOWS = torch.randint(3, 97, (6, 12), generator=torch.Generator().manual_seed(5))
 
@@ -227,9 +256,11 @@ RANKERS: list[tuple[str, dict[str, Any]]] = [
 ]
 
 
-@pytest.mark.parametrize("remove", ["block", "attention", "mlp"])
+@pytest.mark.parametrize(
+    ("name", "remove"),
+    [*((name, "block") for name in FAMILIES), ("llama", "attention"), ("bloom", "mlp")],
+)
 @pytest.mark.parametrize(("method", "parameters"), RANKERS)
-@pytest.mark.parametrize("name", FAMILIES)
 def test_units_that_do_nothing_rank_lowest(
     name: str, method: str, parameters: dict[str, Any], remove: str
 ) -> None:
@@ -323,6 +354,11 @@ def test_first_four_and_last_two_blocks_stay() -> None:
         ("sleb", {"keep_first": -1}, "from 0 allowed"),
         ("shortened_llama", {"criterion": "loss"}, "allowed: perplexity, taylor"),
         ("deeper_look", {"metric": "mmlu"}, "allowed: cosine, relative_l1"),
+        ("deeper_look", {"emulate": "mean", "remove": "mlp"}, "only blocks allowed"),
+        ("deeper_look", {"emulate": "bias"}, "allowed: none, mean, low_rank"),
+        ("laco", {"layers_per_merge": 1}, "from 2 allowed"),
+        ("laco", {"interval": 0}, "interval 0 given; from 1 allowed"),
+        ("laco", {"sentences": 0}, "sentences 0 given; from 1 allowed"),
     ],
 )
 def test_what_a_method_does_not_know_is_refused(
@@ -533,3 +569,437 @@ def _middle(layer: Any, model: Any) -> torch.Tensor:
     model(WINDOWS)
     hook.remove()
     return seen[0]
+
+
+def step(script: Any, out: Path, params: dict[str, Any], **inputs: Path) -> Path:
+    request = StepRequest(out.name, "0" * 16, params, inputs, out, (), ())
+    artefact.commit(out, lambda scratch: script.main(request, scratch), {"key": request.key})
+    return out
+
+
+class Copy:
+    """Stands for a step whose artefact exists."""
+
+    def __init__(self, write: Callable[[Path], None]) -> None:
+        self.write = write
+
+    def main(self, request: StepRequest, out: Path) -> None:
+        self.write(out)
+
+
+def through_the_steps(
+    source: Path, method: str, parameters: dict[str, Any], blocks: int, work: Path
+) -> Path:
+    """Statistics, scores and surgery of a tiny checkpoint; returns the smaller one."""
+    from safetensors.torch import save_file
+
+    def write(out: Path) -> None:
+        save_file({"input_ids": WINDOWS}, out / "windows.safetensors")
+
+    model = step(Copy(lambda out: shutil.copytree(source, out, dirs_exist_ok=True)), work / "m", {})
+    windows = step(Copy(write), work / "windows", {})
+    chosen = create(method, parameters)
+    run = {"device": "cpu", "dtype": "float32", "threads": 1, "batch_windows": 4}
+    passes = {}
+    for name in chosen.statistics:
+        told = chosen.statistic_options.get(name)
+        more = {"options": dict(told), "seed": 0} if told else {}
+        passes[name] = step(
+            collect_statistics, work / name, run | more | {"name": name},
+            model=model, calibration=windows,
+        )  # fmt: skip
+    params = {"method": method, "parameters": parameters, "seed": 0}
+    scores = step(score, work / "scores", params, model=model, **passes)
+    target = {"kind": "blocks", "value": blocks}
+    return step(
+        prune, work / "pruned", params | {"variant": method, "target": target},
+        model=model, scores=scores,
+    )  # fmt: skip
+
+
+LACO = {"layers_per_merge": 3, "threshold": -1.0, "interval": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "parameters"),
+    [
+        ("sleb", {"most": 0.5}),
+        ("sleb", {"remove": "attention"}),
+        ("shortened_llama", {"keep_first": 1, "keep_last": 1}),
+        ("shortened_llama", {"criterion": "taylor", "remove": "mlp", "keep_first": 0}),
+        ("deeper_look", {"metric": "relative_l1"}),
+        ("deeper_look", {"metric": "logit_shapley", "remove": "mlp", "scheme": "chains"}),
+        ("deeper_look", {"emulate": "mean"}),
+        ("deeper_look", {"emulate": "low_rank", "rank": 3}),
+        ("laco", LACO),
+    ],
+)
+@pytest.mark.parametrize("name", FAMILIES)
+def test_every_method_on_every_family(
+    name: str,
+    method: str,
+    parameters: dict[str, Any],
+    tiny_checkpoint: Callable[[str], Path],
+    tmp_path: Path,
+) -> None:
+    """What is written is the plan's model: counted, loadable, with and without cache."""
+    source = tiny_checkpoint(name)
+    out = through_the_steps(source, method, parameters, 2, tmp_path)
+    plan = Plan.load(out)
+    config = checkpoint.read_config(source)
+    family = family_of(config)
+    model = checkpoint.load_model(out)
+    assert plan.parameters[1] == sum(p.numel() for p in model.parameters()) < plan.parameters[0]
+    stock = "auto_map" not in checkpoint.read_config(out)
+    assert stock == (plan.emulation is None and not plan.skipped)
+    if "remove" in parameters:
+        assert {part: len(ids) for part, ids in plan.skipped.items()} == {parameters["remove"]: 2}
+    else:
+        assert len(plan.removed_blocks) == 2
+    with torch.inference_mode():
+        logits = model(WINDOWS).logits
+        assert relative_difference(with_cache(model, WINDOWS), logits) < 1e-5
+        if not plan.merged and plan.emulation is None:
+            dense = checkpoint.load_model(source)
+            gone = plan.skipped.get(parameters.get("remove", ""), plan.removed_blocks)
+            with lacking(dense, parameters.get("remove", "block"), gone) as expected:
+                plain = expected(WINDOWS, use_cache=False).logits
+            assert relative_difference(logits, plain) < 1e-5
+    assert len(family.layers(model)) == 4 - (len(plan.removed_blocks) if not plan.emulation else 0)
+
+
+def test_a_merge_by_hand(tiny_checkpoint: Callable[[str], Path], tmp_path: Path) -> None:
+    """Two layers into one: W_0 + (W_1 - W_0); three: W_1 + W_2 - W_0. Norms stay."""
+    source = tiny_checkpoint("llama-bias")
+    old = dict(checkpoint.read_tensors(source))
+    for count in (2, 3):
+        # The first merge begins `layers_per_merge` below `highest`: at layer 0.
+        parameters = {"layers_per_merge": count, "highest": count, "threshold": -1.0}
+        out = through_the_steps(source, "laco", parameters, count - 1, tmp_path / str(count))
+        new = dict(checkpoint.read_tensors(out))
+        assert Plan.load(out).removed_blocks == tuple(range(1, count))
+        for name in ("self_attn.q_proj.weight", "mlp.down_proj.weight", "self_attn.o_proj.bias"):
+            w = [old[f"model.layers.{i}.{name}"] for i in range(3)]
+            expected = w[1] if count == 2 else w[1] + w[2] - w[0]
+            assert torch.allclose(new[f"model.layers.0.{name}"], expected, atol=1e-6)
+            # Not what the authors' notebook computes.
+            assert count == 2 or not torch.allclose(expected, w[2], atol=1e-2)
+        for name in ("input_layernorm.weight", "post_attention_layernorm.weight"):
+            assert torch.equal(new[f"model.layers.0.{name}"], old[f"model.layers.0.{name}"])
+        left = f"model.layers.{count}.mlp.up_proj.weight"
+        assert torch.equal(new["model.layers.1.mlp.up_proj.weight"], old[left])
+        assert "auto_map" not in checkpoint.read_config(out)
+
+
+def test_merges_of_merged_layers_by_hand() -> None:
+    """4 and 5 into 3, then 2 and that into 1."""
+    first = MergedBlock(3, ((3, -1.0), (4, 1.0), (5, 1.0)))
+    assert merged_layers([4, 5], [3, 3]) == (first,)
+    assert merged_layers([4], [3]) == (MergedBlock(3, ((4, 1.0),)),)
+    both = ((1, -1.0), (2, 1.0), (3, -1.0), (4, 1.0), (5, 1.0))
+    assert merged_layers([4, 5, 2, 3], [3, 3, 1, 1]) == (MergedBlock(1, both),)
+    # One step less: the merged layer stays.
+    assert merged_layers([4, 5, 2], [3, 3, 1]) == (MergedBlock(1, ((2, 1.0),)), first)
+
+
+def merged_by_hand(model: Any, base: int, count: int) -> Any:
+    """A copy of the model with ``count`` layers merged into one, by plain loops."""
+    import copy
+
+    smaller = copy.deepcopy(model)
+    layers = list(smaller.model.layers)
+    total = {n: p.clone() for n, p in model.model.layers[base].named_parameters() if p.ndim == 2}
+    for other in model.model.layers[base + 1 : base + count]:
+        for name, parameter in other.named_parameters():
+            if name in total:
+                total[name] += parameter - model.model.layers[base].get_parameter(name)
+    with torch.no_grad():
+        for name, value in total.items():
+            layers[base].get_parameter(name).copy_(value)
+    del layers[base + 1 : base + count]
+    smaller.model.layers = torch.nn.ModuleList(layers)
+    smaller.config.num_hidden_layers = len(layers)
+    return smaller
+
+
+@torch.no_grad()
+def test_collapse_equals_the_plain_algorithm() -> None:
+    """Copies of the model, merged and run in full, as the authors' notebook goes about it."""
+    model, config = deep_model(9)
+    before = weights_hash(model)
+
+    def final(one: Any) -> torch.Tensor:
+        states: torch.Tensor = one.model(WINDOWS, use_cache=False).last_hidden_state
+        return states.flatten(1)
+
+    outcomes = set()
+    for threshold, count, interval in ((-1, 3, 1), (0.1, 3, 1), (0.2, 4, 2), (0.999, 3, 1)):
+        current, place, similarities = model, 8 - count, []
+        while place >= 1:
+            k = min(count, len(current.model.layers) - place)
+            if k > 1:
+                trial = merged_by_hand(current, place, k)
+                value = torch.nn.functional.cosine_similarity(final(trial), final(model)).mean()
+            if k > 1 and value > threshold:
+                current, place = trial, place - interval
+                similarities.append(value.item())
+                if place >= len(current.model.layers):
+                    place = len(current.model.layers) - 1 - count
+            else:
+                place -= 1
+        found = laco.collect(
+            model, family_of(config), config, WINDOWS, 4, layers_per_merge=count,
+            interval=interval, lowest=1, highest=None, threshold=threshold,
+            sentences=6, seed=0,
+        )  # fmt: skip
+        assert found["similarities"].tolist() == pytest.approx(similarities, rel=1e-4)
+        assert len(found["order"]) == 9 - len(current.model.layers)
+        outcomes.add(len(similarities))
+    assert weights_hash(model) == before
+    assert len(outcomes) >= 3
+    assert 0 in outcomes
+
+
+def test_more_than_the_threshold_allows_is_refused() -> None:
+    config = tiny_config("llama")
+    family = family_of(config)
+    rule = create("laco", {}).rule()
+    scores = {
+        "block": [order_scores([2, 3], 4)],
+        "base": [np.array([-1.0, -1.0, 1.0, 1.0])],
+    }
+    plan = select(scores, family, config, Target("blocks", 2), rule, {})
+    assert plan.merged == (MergedBlock(1, ((1, -1.0), (2, 1.0), (3, 1.0))),)
+    assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+    with pytest.raises(InputError, match="at this threshold at most 2 are"):
+        select(scores, family, config, Target("blocks", 3), rule, {})
+    with pytest.raises(InputError, match="not one of units set to zero"):
+        list(zero_tensors([], family, config, plan))
+    for change, message in (
+        (lambda d: d["merged"][0].update(base=2), "increasing and stay"),
+        (lambda d: d["merged"][0].update(terms=[[1, 1], [2, 1]]), "add up to 2"),
+        (lambda d: d["merged"][0].update(terms=[[2, 0], [1, 1]]), "must be increasing"),
+        (lambda d: d["merged"][0].update(terms=[[4, 1]]), "out of range"),
+        (lambda d: d.update(skipped={"mlp": [0]}), "removed blocks alone"),
+    ):
+        data = plan.to_dict()
+        change(data)
+        with pytest.raises(InputError, match=message):
+            Plan.from_dict(data)
+
+
+def test_a_merged_model_is_padded_with_zeros(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("llama")
+    out = through_the_steps(source, "laco", LACO, 2, tmp_path)
+    checkpoint.export_stock(out, checkpoint.read_config(source), tmp_path / "stock")
+    with torch.inference_mode():
+        a, b = (checkpoint.load_model(d)(WINDOWS).logits for d in (out, tmp_path / "stock"))
+    assert relative_difference(a, b) < 1e-5
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_emulation_reduces_the_error_that_it_is_fitted_on(name: str) -> None:
+    model = trained(name)
+    config = model.config.to_dict()
+    family = family_of(config)
+    states: list[torch.Tensor] = []
+
+    def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
+        states.append((args[0] if args else kwargs["hidden_states"]).double().flatten(0, 1))
+        states.append((output[0] if isinstance(output, tuple) else output).double().flatten(0, 1))
+
+    layer = family.layers(model)[1]
+    hook = layer.register_forward_hook(record, with_kwargs=True)
+    with torch.no_grad():
+        model(WINDOWS)
+    hook.remove()
+    x, y = states
+    update = y - x
+    found = {rank: emulation.collect(
+        model, family, config, WINDOWS, 4, rank=rank, seed=0
+    ) for rank in (0, 2, 8, 48)}  # fmt: skip
+    assert torch.allclose(found[0]["mean"][1].double(), update.mean(0), atol=1e-5)
+    errors = [update.square().sum(1).mean().item()]
+    errors.append((update - update.mean(0)).square().sum(1).mean().item())
+    assert found[0]["errors"][1].tolist() == pytest.approx([*errors, errors[-1]], rel=1e-4)
+    for rank in (2, 8, 48):
+        a, b, bias = (found[rank][key][1].double() for key in ("a", "b", "bias"))
+        assert (a.shape, b.shape) == ((48, rank), (rank, 48))
+        left = (update - (bias + x @ b.T @ a.T)).square().sum(1).mean().item()
+        assert found[rank]["errors"][1, 2].item() == pytest.approx(left, rel=1e-3, abs=1e-6)
+        errors.append(left)
+    assert all(later < 0.97 * earlier for earlier, later in pairwise(errors))
+    # Idle blocks have nothing to emulate.
+    assert found[48]["errors"][0].abs().max() < 1e-8
+
+
+def test_a_low_rank_map_is_the_least_squares_one() -> None:
+    """Data made by a map of rank 2 and a bias: it is found; with rank 1 its larger half is."""
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(400, 6, generator=generator) + 2
+    u, _, v = torch.linalg.svd(torch.randn(6, 6, generator=generator))
+    matrix = u[:, :2] @ torch.diag(torch.tensor([1.0, 0.2])) @ v[:2]
+    bias = torch.arange(6.0)
+    sums = emulation.Products()
+    sums.add(x, x + bias + x @ matrix.T, pairs=True)
+    a, b, found, error = emulation.low_rank_map(sums, 2)
+    assert torch.allclose(a @ b, matrix.double(), atol=2e-2)
+    assert torch.allclose(found, bias.double(), atol=5e-2)
+    assert error < 1e-3
+    a, b, _, error = emulation.low_rank_map(sums, 1)
+    assert torch.allclose(a @ b, (u[:, :1] @ v[:1]).double(), atol=8e-2)
+    assert 0.02 < error < 0.08
+
+
+def test_emulated_blocks_compute_their_map(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    source = tiny_checkpoint("bloom")
+    config = checkpoint.read_config(source)
+    for emulate, each in (("mean", 48), ("low_rank", 48 * 7)):
+        parameters = {"metric": "relative_l2", "emulate": emulate, "rank": 3}
+        out = through_the_steps(source, "deeper_look", parameters, 1, tmp_path / emulate)
+        plan = Plan.load(out)
+        assert plan.emulation is not None
+        (gone,) = plan.removed_blocks
+        assert plan.emulation.parameters == each
+        assert plan.removed_ratio < plan.gross_removed_ratio
+        assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
+        found = emulation.collect(
+            tiny_model("bloom"), family_of(config), config, WINDOWS, 4, rank=3, seed=0
+        )
+        layer = checkpoint.load_model(out).transformer.h[gone]
+        state = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(2))
+        with torch.no_grad():
+            given, weights = layer(state, alibi=None, attention_mask=None)
+        assert weights is None
+        if emulate == "mean":
+            expected = state + found["mean"][gone]
+        else:
+            low = state @ found["b"][gone].T @ found["a"][gone].T
+            expected = state + found["bias"][gone] + low
+        assert torch.allclose(given, expected, atol=1e-4)
+        with pytest.raises(InputError, match="maps have no place in the stock architecture"):
+            checkpoint.export_stock(out, config, tmp_path / "stock")
+    for change, message in (
+        (lambda d: d["emulated"]["blocks"][0].update(like=gone + 1), "out of range"),
+        (lambda d: d["emulated"].update(rank=-1), "from 0 allowed"),
+        (lambda d: d["emulated"].update(blocks=[]), "at least one"),
+        (lambda d: d.update(skipped={"mlp": [(gone + 1) % 4]}), "removed blocks alone"),
+    ):
+        data = plan.to_dict()
+        change(data)
+        with pytest.raises(InputError, match=message):
+            Plan.from_dict(data)
+
+
+def test_a_parameter_target_is_net_of_what_emulates() -> None:
+    """By hand: a block less its map."""
+    config = tiny_config("llama") | {"num_hidden_layers": 12}
+    family = family_of(config)
+    total, block = family.parameters(config), family.block_parameters(config)
+    for parameters, each in (
+        ({}, block),
+        ({"emulate": "mean"}, block - 48),
+        ({"emulate": "low_rank", "rank": 40}, block - 81 * 48),
+    ):
+        rule = create("deeper_look", parameters).rule()
+        target = Target("parameters", 0.4)
+        plan = select({"block": [np.arange(12.0)]}, family, config, target, rule, {})
+        assert len(plan.removed_blocks) == round(0.4 * total / each)
+        assert plan.parameters[0] - plan.parameters[1] == len(plan.removed_blocks) * each
+    rule = create("deeper_look", {"emulate": "low_rank", "rank": 400}).rule()
+    with pytest.raises(InputError, match="a smaller rank allowed"):
+        check_reachable(family, config, Target("parameters", 0.4), rule)
+
+
+@pytest.mark.long
+def test_models_with_emulated_blocks_load_in_a_fresh_interpreter(
+    tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    bits = {}
+    ids = torch.arange(3, 19).view(2, 8)
+    for name in FAMILIES:
+        parameters = {"emulate": "low_rank", "rank": 3}
+        source = tiny_checkpoint(name)
+        out = through_the_steps(source, "deeper_look", parameters, 2, tmp_path / name)
+        with torch.inference_mode():
+            logits = checkpoint.load_model(out)(ids).logits
+        bits[str(out)] = [logits.contiguous().view(torch.int32).tolist(), True, True]
+    assert load_in_a_fresh_interpreter(dict.fromkeys(bits, True)) == bits
+
+
+EXPERIMENTS = sorted(
+    path.stem
+    for pattern in ("depth_*", "study_depth*")
+    for path in (CONFIG / "experiments").glob(f"{pattern}.yaml")
+)
+
+
+@pytest.mark.parametrize("name", EXPERIMENTS)
+def test_experiments_plan(name: str) -> None:
+    experiment = Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
+    problems = experiment.preflight()
+    assert all("the revision is not pinned" in problem for problem in problems)
+    assert bool(problems) != name.startswith("study_")
+    nodes = closure(node for cell in experiment.cells for node in cell.steps.values())
+    cluster = Cluster.load(CONFIG / "cluster.yaml")
+    places: dict[Path, str] = {}
+    for key, node in nodes.items():
+        assert places.setdefault(node.directory, key) == key
+        asked = request(node, cluster)
+        assert asked.mem_mb <= cluster.limits.mem_mb
+        assert 0 < asked.seconds < 48 * 3600
+
+
+def test_experiments_remove_what_they_say() -> None:
+    """The same number of parameters in blocks and in their parts, to half a part."""
+    experiment = Experiment.load(CONFIG / "experiments" / "study_depth_parts.yaml", CONFIG)
+    config = experiment.geometry("smollm2-135m")
+    family = family_of(config)
+    rng = np.random.default_rng(0)
+    removed: dict[float, list[tuple[int, int]]] = {}
+    for method in experiment.methods.values():
+        rule = method.rule()
+        if rule.kinds[0] in ("kv_group", "mlp_channel"):
+            continue
+        for target in experiment.targets:
+            scores = {rule.kinds[0]: [rng.random(30)]}
+            plan = select(scores, family, config, target, rule, {})
+            count = len(plan.removed_blocks) + sum(map(len, plan.skipped.values()))
+            before, after = plan.parameters
+            removed.setdefault(target.value, []).append((count, before - after))
+    block = family.block_parameters(config)
+    for (_, found), blocks in zip(sorted(removed.items()), (3, 6), strict=True):
+        assert {count for count, _ in found} == {blocks, 4 * blocks, round(4 * blocks / 3)}
+        assert all(abs(size - blocks * block) <= 0.05 * blocks * block for _, size in found)
+
+
+def test_published_orders() -> None:
+    """Every order names every block once; the first ones are those that the paper's text names."""
+    rows = read_published(CONFIG / "published" / "shortened_llama.csv")
+    orders: dict[tuple[str, str], list[int]] = {}
+    for row in rows:
+        if row.metric.startswith("removed_block_"):
+            orders.setdefault((row.model, row.method.split("_")[2]), []).append(int(row.value))
+    assert {key: order[:6] for key, order in orders.items()} == {
+        ("LLaMA-7B", "perplexity"): [24, 26, 25, 10, 27, 13],
+        ("LLaMA-7B", "taylor"): [0, 27, 24, 26, 25, 29],
+        ("Llama-2-7B", "perplexity"): [11, 8, 24, 21, 12, 7],
+        ("Llama-2-7B", "taylor"): [0, 28, 27, 25, 29, 26],
+        ("Llama-3-8B", "perplexity"): [8, 23, 9, 11, 10, 25],
+        ("Llama-3-8B", "taylor"): [24, 25, 26, 28, 29, 23],
+    }
+    assert all(sorted(order) == list(range(32)) for order in orders.values())
+    # Six blocks of LLaMA-7B are 18.0 % of its parameters, nine 27.0 %, eleven 33.0 %.
+    config = json.loads((CONFIG / "models" / "llama-7b.json").read_text())
+    family = family_of(config)
+    share = family.block_parameters(config) / family.parameters(config)
+    assert [round(100 * n * share, 1) for n in (6, 9, 11)] == [18.0, 27.0, 33.0]
+    catalogue = Experiment.load(CONFIG / "experiments" / "depth_llama_7b.yaml", CONFIG).catalogues
+    for name in ("sleb", "shortened_llama", "laco", "depth"):
+        for row in read_published(CONFIG / "published" / f"{name}.csv"):
+            known = {*catalogue["methods"], "dense", "slicegpt", "swift", "deeper_look"}
+            assert row.method in known

@@ -16,7 +16,7 @@ LAYERS = [
     ["data"],
     ["plan", "families", "discovery"],
     ["low_rank"],
-    ["surgery", "replacement"],
+    ["surgery", "replacement", "merging", "emulation"],
     ["checkpoint"],
     ["statistics"],
     ["criteria"],

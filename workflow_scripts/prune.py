@@ -40,7 +40,7 @@ def main(request: StepRequest, out: Path) -> None:
         produced_by,
         read_plan(request.inputs["previous"]) if "previous" in request.inputs else None,
     )
-    prune_checkpoint(source, plan, out)
+    prune_checkpoint(source, plan, out, scores)
 
 
 if __name__ == "__main__":

@@ -678,21 +678,30 @@ def _one_walk(layers: int, options: Mapping[str, Any]) -> _Walks:
     return _Walks(layers, 0, 6)
 
 
+def _laco(layers: int, options: Mapping[str, Any]) -> _Walks:
+    # A merge is tried at most once per layer; what is in front of it is kept, at every layer.
+    return _Walks(layers * (layers + 3) / 2, 0, layers + 3)
+
+
 _DEPTH_PASSES: dict[str, Callable[[int, Mapping[str, Any]], _Walks]] = {
     "removal": _removal,
     "greedy": _greedy,
     "coalitions": _coalitions,
     "updates": _one_walk,
+    "emulation": _one_walk,
+    "laco": _laco,
 }
 
 
 def _depth(case: _Case, walks: Callable[[int, Mapping[str, Any]], _Walks]) -> Work:
     """Return the work of the passes that try the model without some of its blocks."""
     model, item = case.model, case.item
-    work = walks(model.layers, case.node.params.get("options", {}))
     calibration = case.node.inputs["calibration"].params
-    tokens = calibration["windows"] * calibration["length"]
-    batch = min(calibration["windows"], case.param("batch_windows")) * calibration["length"]
+    options = case.node.params.get("options", {})
+    windows = min(calibration["windows"], options.get("sentences", calibration["windows"]))
+    tokens = windows * calibration["length"]
+    batch = min(windows, case.param("batch_windows")) * calibration["length"]
+    work = walks(model.layers, options)
     device, host, seconds = _loaded(case, model.parameters)
     device += (
         Term(f"hidden states at {work.states} places", work.states * tokens * model.hidden * item),
@@ -703,13 +712,32 @@ def _depth(case: _Case, walks: Callable[[int, Mapping[str, Any]], _Walks]) -> Wo
         Term("three chunks of logits", 3 * HEAD_BYTES),
     )
     products = work.blocks * model.block + work.heads * model.vocabulary * model.hidden
-    return Work(device, host, 2.0 * tokens * products, host_seconds=seconds)
+    disk = SMALL_BYTES
+    name = str(case.param("name"))
+    if name == "laco":
+        device += (
+            Term("a merged layer and a sum in fp32", model.block * item + model.largest * 8),
+        )
+    if name == "emulation":
+        rank, square = options["rank"], model.hidden**2
+        disk += model.layers * model.hidden * 4 * (2 + 2 * rank)
+        if rank:
+            # Two products, a copy of each, the solution, eigenvectors and their work space.
+            device += (
+                Term("products of hidden states, fp64", 10 * 8 * square),
+                Term("a batch's tokens in fp64", 2 * 8 * batch * model.hidden),
+            )
+            # In fp64; a solution and eigenvectors are some twenty products of squares.
+            products += model.layers * 2 * square * (2 + 10 * model.hidden / tokens)
+    return Work(device, host, 2.0 * tokens * products, host_seconds=seconds, disk=disk)
 
 
 def _scores(case: _Case) -> Work:
     """Return the work of scoring: weights are read one tensor at a time from the mapped files."""
     model = case.model
     disk = model.layers * 8 * (model.inner + model.kv) + SMALL_BYTES
+    if (maps := case.node.inputs.get("emulation")) is not None:
+        disk += model.layers * 8 * model.hidden * (1 + 2 * maps.params["options"]["rank"])
     if case.param("method") in case.cluster.methods_without_weights:
         return Work(host=(Term("statistics and scores", 10 * disk),), host_seconds=5, disk=disk)
     stored = model.parameters * model.item

@@ -224,10 +224,13 @@ def check_virtual(config: Config) -> None:
             rank, whole = entry["rank"], type(entry["base"]) is int
             fits = whole and entry["base"] in own and type(rank) is int and rank >= 1
             fits = fits and isinstance(entry["normalise"], bool)
+        if isinstance(entry, Mapping) and set(entry) == {"emulate"}:
+            fits = type(entry["emulate"]) is int and entry["emulate"] >= 0
         if not fits:
             raise InputError(
                 f"config.json: {VIRTUAL}[{place}] is {entry!r}; allowed: {{}}, a part that it is "
-                "without, or base (a layer with weights of its own), rank and normalise"
+                "without, base (a layer with weights of its own), rank and normalise, or emulate "
+                "(a rank)"
             )
 
 

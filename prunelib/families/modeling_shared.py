@@ -9,6 +9,8 @@ This file stands alone and is saved beside the weights. ``config.virtual_layers[
   biases what its own ones differ from the base's by. With ``normalise`` the outputs of attention
   and MLP are ``(h - mean) / std * gain`` over the hidden dimension before they join the residual
   stream (the paper's equation 6);
+* ``{"emulate": r}``: no block but ``h + bias + A B h``, of rank ``r``, without A and B at 0 (arXiv
+  2407.16286);
 * ``{"without": "attention"}`` or ``{"without": "mlp"}``: a stock layer that lacks a part.
 
 A weight exists once, in memory and on disk, however many layers use it. Every layer with attention
@@ -139,17 +141,52 @@ def share(layer, base, rank, normalised):  # type: ignore[no-untyped-def]
         setattr(layer.get_submodule(parent), own, shared)
 
 
+class EmulatedLayer(nn.Module):
+    """Stands in the place of a whole decoder layer: ``h + bias + A B h``.
+
+    Parameters: ``bias`` [hidden]; with a rank ``A`` [hidden, r] and ``B`` [r, hidden].
+    """
+
+    def __init__(self, like, rank, pair):  # type: ignore[no-untyped-def]
+        """``like`` is a vector as wide as the residual stream; ``pair``: whether layers return two.
+
+        The second one are attention weights, of which there are none.
+        """
+        super().__init__()
+        new = like.new_zeros
+        self.bias = nn.Parameter(new(len(like)))
+        if rank:
+            self.A = nn.Parameter(new(len(like), rank))
+            self.B = nn.Parameter(new(rank, len(like)))
+        self._rank = rank
+        self._pair = pair
+
+    def forward(self, hidden_states, *args, **kwargs):  # type: ignore[no-untyped-def]
+        """Return the residual stream behind the layer [..., hidden]."""
+        y = hidden_states + self.bias
+        if self._rank:
+            y = y + F.linear(F.linear(hidden_states, self.B), self.A)
+        return (y, None) if self._pair else y
+
+
 class _VirtualLayersMixin:
     """Builds the stock model at its full depth, then takes out what layers share or lack."""
 
     layer_prefix = "model.layers"
     output_maps: tuple[str, ...] = ("self_attn.o_proj", "mlp.down_proj")
+    # Whether a layer returns its attention's weights, too.
+    layers_return_pairs = False
 
     def __init__(self, config):  # type: ignore[no-untyped-def]
         super().__init__(config)
         layers = self.get_submodule(self.layer_prefix)
         slot = 0
-        for layer, own in zip(layers, config.virtual_layers, strict=True):
+        for place, own in enumerate(config.virtual_layers):
+            layer = layers[place]
+            if "emulate" in own:
+                like = layer.get_submodule(self.output_maps[-1]).weight[:, 0]
+                layers[place] = EmulatedLayer(like, own["emulate"], self.layers_return_pairs)
+                continue
             if "base" in own:
                 outputs = self.output_maps if own["normalise"] else ()
                 share(layer, layers[own["base"]], own["rank"], outputs)
@@ -251,4 +288,5 @@ class SharedBloomForCausalLM(_VirtualLayersMixin, BloomForCausalLM):
 
     config_class = SharedBloomConfig
     layer_prefix = "transformer.h"
+    layers_return_pairs = True
     output_maps = ("self_attention.dense", "mlp.dense_4h_to_h")

@@ -15,8 +15,8 @@ missing from and present in at least one; ``chains``, ``draws`` random orders in
 leave one by one, whose mean marginals estimate Shapley values without bias. All windows see the
 same coalitions; the authors' code draws anew for every batch.
 
-Logits exist for one chunk of positions at a time, those of the whole model again for every
-coalition.
+Coalitions begin with the whole model's hidden states at their first missing unit. Logits exist for
+one chunk of positions at a time, those of the whole model again for every coalition.
 """
 
 from __future__ import annotations
@@ -80,23 +80,26 @@ def collect(
     layers = Layers(model, family)
     count = len(layers.modules)
     present = draw(count, scheme, draws, kept, seed)
-    start = layers.begin(windows, batch_windows)
-    whole = start.branch()
+    prefix, place = layers.begin(windows, batch_windows), 0
+    whole = prefix.branch()
     advance(layers, whole, part, (), 0)
-    losses, distances = [], []
-    for row in progress(present, len(present), "coalitions", logger):
-        gone = np.flatnonzero(~row).tolist()
-        stream = start.branch()
-        advance(layers, stream, part, gone, 0)
+    found = np.zeros((2, len(present)))
+    # By the first unit that is missing: what lies in front of it is the whole model's.
+    same = np.cumprod(present, axis=1).sum(1)
+    for number in progress(np.argsort(same, kind="stable"), len(same), "coalitions", logger):
+        gone = np.flatnonzero(~present[number]).tolist()
+        advance(layers, prefix, part, (), place, int(same[number]))
+        place = int(same[number])
+        stream = prefix.branch()
+        advance(layers, stream, part, gone, place)
         loss, distance = _compare(layers, stream, whole)
         if not math.isfinite(loss + distance):
             raise NonFiniteError(f"coalitions: the loss without {part} {gone} is {loss}")
-        losses.append(loss)
-        distances.append(distance)
+        found[:, number] = loss, distance
     return {
         "present": torch.from_numpy(present.astype(np.uint8)),
-        "losses": torch.tensor(losses, dtype=torch.float64),
-        "distances": torch.tensor(distances, dtype=torch.float64),
+        "losses": torch.from_numpy(found[0]),
+        "distances": torch.from_numpy(found[1]),
         "loss": torch.tensor(_compare(layers, whole, whole)[0], dtype=torch.float64),
     }
 
