@@ -944,7 +944,9 @@ def test_experiments_plan(name: str) -> None:
     problems = experiment.preflight()
     assert all("the revision is not pinned" in problem for problem in problems)
     assert bool(problems) != name.startswith("study_")
-    nodes = closure(node for cell in experiment.cells for node in cell.steps.values())
+    # Seeds change nothing here.
+    cells = [cell for cell in experiment.cells if cell.seed in (None, 0)]
+    nodes = closure(node for cell in cells for node in cell.steps.values())
     cluster = Cluster.load(CONFIG / "cluster.yaml")
     places: dict[Path, str] = {}
     for key, node in nodes.items():

@@ -23,6 +23,9 @@ from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.selection import Target, select
 from prunelib.statistics import activations, fisher, gradients
+from prunelib.statistics.greedy import greedy_order
+from prunelib.statistics.layerwise import Layers
+from prunelib.statistics.without import loss_without
 from prunelib.surgery import zero_tensors
 
 pytestmark = pytest.mark.real
@@ -146,3 +149,22 @@ def test_half_precision_ranks_as_full_precision(criterion: str, fetched: tuple[P
     for layer, expected in enumerate(full):
         assert np.corrcoef(expected, rounded[layer])[0, 1] >= 0.99, layer
         assert np.corrcoef(expected, products[layer])[0, 1] >= 0.99, layer
+
+
+@pytest.mark.long
+def test_greedy_removal_equals_the_naive_loop(fetched: tuple[Path, Path]) -> None:
+    """The same two blocks of 28 as trying every candidate in full, for 0.65 of the blocks' work."""
+    model, text = fetched
+    tokens = tokenise(read_articles(text, "calibration"), load_tokenizer(model))
+    windows = torch.from_numpy(sample_windows(tokens, 2, 48, 0)[0])
+    layers = Layers(checkpoint.load_model(model), family_of(checkpoint.read_config(model)))
+    order, _ = greedy_order(layers, layers.begin(windows, 2), "block", range(1, 29), 2)
+    cached, layers.windows_passed = layers.windows_passed, 0
+    start, naive = layers.begin(windows, 2), list[int]()
+    for _ in range(2):
+        left = [block for block in range(1, 29) if block not in naive]
+        naive.append(
+            min(left, key=lambda block: loss_without(layers, start, "block", {*naive, block}, 0))
+        )
+    assert order == naive
+    assert cached <= 0.65 * layers.windows_passed

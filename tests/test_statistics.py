@@ -363,7 +363,7 @@ def test_sum_over_members_covers_every_slice() -> None:
         (
             "nothing",
             {},
-            "method 'nothing' is unknown; known: first_layers, flexigpt, flexigpt_extend",
+            "method 'nothing' is unknown; known: deeper_look, first_layers, flexigpt",
         ),
         ("magnitude", {"order": 3}, "1 and 2 allowed"),
         ("magnitude", {"power": 2}, "unknown hyper-parameter power"),
