@@ -733,7 +733,7 @@ def test_collapse_equals_the_plain_algorithm() -> None:
         return states.flatten(1)
 
     outcomes = set()
-    for threshold, count, interval in ((-1, 3, 1), (0.1, 3, 1), (0.2, 4, 2), (0.999, 3, 1)):
+    for threshold, count, interval in ((-1, 3, 1), (-1, 3, 2), (0.1, 3, 1), (0.999, 3, 1)):
         current, place, similarities = model, 8 - count, []
         while place >= 1:
             k = min(count, len(current.model.layers) - place)
@@ -893,6 +893,36 @@ def test_emulated_blocks_compute_their_map(
         change(data)
         with pytest.raises(InputError, match=message):
             Plan.from_dict(data)
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_an_emulated_first_block_has_no_slot_in_the_cache(
+    name: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """What is in the cache is counted in its first slot, which must be one that is used."""
+    source = tiny_checkpoint(name)
+    config = checkpoint.read_config(source)
+    rng = np.random.default_rng(0)
+    scores = {
+        "block": [np.array([0.0, 3.0, 1.0, 2.0])],
+        "emulation_bias": list(rng.normal(size=(4, 48))),
+        "emulation_a": list(rng.normal(size=(4, 48, 2))),
+        "emulation_b": list(rng.normal(size=(4, 2, 48))),
+    }
+    rule = create("deeper_look", {"emulate": "low_rank", "rank": 2}).rule()
+    plan = select(scores, family_of(config), config, Target("blocks", 2), rule, {})
+    assert plan.removed_blocks == (0, 2)
+    checkpoint.prune_checkpoint(source, plan, tmp_path / "out", scores)
+    model = checkpoint.load_model(tmp_path / "out")
+    with torch.inference_mode():
+        logits = model(WINDOWS).logits
+        assert relative_difference(with_cache(model, WINDOWS), logits) < 1e-5
+    other = scores | {"emulation_a": list(rng.normal(size=(4, 48, 3)))}
+    with pytest.raises(InputError, match="has the shape"):
+        checkpoint.prune_checkpoint(source, plan, tmp_path / "no", other)
+    del scores["emulation_bias"]
+    with pytest.raises(InputError, match="emulation_bias is missing"):
+        checkpoint.prune_checkpoint(source, plan, tmp_path / "no", scores)
 
 
 def test_a_parameter_target_is_net_of_what_emulates() -> None:
