@@ -918,6 +918,11 @@ def test_an_emulated_first_block_has_no_slot_in_the_cache(
     other = scores | {"emulation_a": list(rng.normal(size=(4, 48, 3)))}
     with pytest.raises(InputError, match="has the shape"):
         checkpoint.prune_checkpoint(source, plan, tmp_path / "no", other)
+    new = checkpoint.read_config(tmp_path / "out")
+    new["virtual_layers"][0] = {"emulate": -1}
+    (tmp_path / "out" / "config.json").write_text(json.dumps(new))
+    with pytest.raises(InputError, match=r"virtual_layers\[0\] is {'emulate': -1}"):
+        checkpoint.load_model(tmp_path / "out")
     del scores["emulation_bias"]
     with pytest.raises(InputError, match="emulation_bias is missing"):
         checkpoint.prune_checkpoint(source, plan, tmp_path / "no", scores)

@@ -90,6 +90,9 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         ("opt", "flexigpt_extend", {"rank": 4, "start": 1, "end": 2}),
         ("glm", "flexigpt_extend", {"rank": 4, "start": 1, "end": 2}),
         *((name, "first_layers", {}) for name in FAMILIES),
+        ("opt", "laco", {"layers_per_merge": 2, "threshold": -1.0}),
+        ("bloom", "deeper_look", {"emulate": "low_rank", "rank": 3}),
+        ("glm", "deeper_look", {"emulate": "mean", "metric": "loss_shapley"}),
     ],
 )
 def test_every_step(
@@ -159,7 +162,7 @@ def test_every_step(
     if parameters.get("remove"):
         assert [len(layers) for layers in plan.skipped.values()] == [1]
         assert set(plan.skipped) == {parameters["remove"]}
-    elif method in ("shortgpt", "flexigpt"):
+    elif method in ("shortgpt", "flexigpt", "laco", "deeper_look"):
         assert len(plan.removed_blocks) == 1
         assert (method == "flexigpt") == (plan.sharing is not None)
     elif extends:
