@@ -101,7 +101,7 @@ class Target:
         if any(layer < 0 for layer in self.protect_layers):
             raise InputError("target protect: layers must not be negative")
         # One target, one key: YAML tells 4 from 4.0, a reader does not.
-        whole = self.kind == "blocks"
+        whole = self.kind in ("blocks", "layers")
         object.__setattr__(self, "value", int(self.value) if whole else float(self.value))
         for name in ("protect_first", "protect_last"):
             given = getattr(self, name)
