@@ -311,6 +311,9 @@ def by_autograd(name: str, criterion: str) -> Any:
             "mixed": (values - square / 2).abs(),
         }[criterion]
         module = full.rpartition(".")[0]
+        if "embed" in full or "norm" in full or "ln_f" in full:
+            # No linear maps: the paper takes them element by element.
+            values = values.abs()
         # A bias is a part of its row, and its sign counts there.
         members[module] = members.get(module, 0) + (
             values if values.ndim == 1 else values.sum(1 - axis)

@@ -255,8 +255,9 @@ class Family(ABC):
     layer_prefix: ClassVar[str]
     # What the last layer's output passes before the head.
     last_norm: ClassVar[str]
-    # The embedding of tokens, which a tied head shares.
+    # The embedding of tokens, which a tied head shares, and further ones, of positions.
     embedding: ClassVar[str]
+    other_embeddings: ClassVar[tuple[str, ...]] = ()
     # By part of a block, its modules in a layer; the last is the norm that it begins with.
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("self_attn", "input_layernorm"),

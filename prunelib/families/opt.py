@@ -60,6 +60,7 @@ class OptFamily(Family):
     layer_prefix = "model.decoder.layers"
     last_norm = "model.decoder.final_layer_norm"
     embedding = "model.decoder.embed_tokens.weight"
+    other_embeddings = ("model.decoder.embed_positions.weight",)
     parts: ClassVar[Mapping[str, tuple[str, ...]]] = {
         "attention": ("self_attn", "self_attn_layer_norm"),
         "mlp": ("fc1", "fc2", "final_layer_norm"),

@@ -37,7 +37,8 @@ class LlmPruner(Method):
             loss and diagonal Fisher information ``F`` (section 3.2): ``vector`` is
             ``|sum_k g_k w_k|``, ``element1`` ``sum_k |g_k w_k|``, ``element2``
             ``sum_k w_k^2 F_kk``, ``mixed`` ``sum_k |g_k w_k - 1/2 w_k^2 F_kk|``. A head sums its
-            rows or columns; a bias belongs to its row.
+            rows or columns; a bias belongs to its row. Norms and embeddings, which are no
+            linear maps, are taken element by element by ``vector``, too.
         aggregation: how a unit's members (of a kv group: query, key and value rows, output
             columns) are combined: ``sum``, ``mean``, ``product``, ``max``, or ``last``, the
             importance of the last one executed (output and down projection). A channel of the
@@ -88,15 +89,25 @@ class LlmPruner(Method):
         reduction = CRITERIA[self.criterion][1]
         (statistic,) = self.statistics
         tensors = inputs.statistics[statistic]
+        # Units of the whole model have members that are no linear maps.
+        shapes = inputs.family.shapes(inputs.config) if self.strategy == "channel" else {}
+
+        def is_linear(name: str) -> bool:
+            """Whether a parameter, by its full name, is of a linear map."""
+            family, weight = inputs.family, f"{name.rpartition('.')[0]}.weight"
+            embeddings = (family.embedding, *family.other_embeddings)
+            return len(shapes[weight]) > 1 and name not in embeddings
 
         def member(layer: int | None, part: UnitSlice) -> Array:
-            name = part.parameter
+            name, how = part.parameter, reduction
             if layer is not None:
                 name = f"{layer}.{name}"
             else:
+                if reduction == "sum" and not is_linear(name):
+                    how = "abs"
                 name = name.removeprefix(f"{inputs.family.layer_prefix}.")
             axis = "columns" if part.axis == 1 else "rows"
-            scores: Array = tensors[f"{name}.{reduction}.{axis}"].double().numpy()
+            scores: Array = tensors[f"{name}.{how}.{axis}"].double().numpy()
             return scores
 
         def combine(kind: UnitKind, member: Callable[[UnitSlice], Array]) -> Array:
