@@ -16,21 +16,18 @@ All windows go through a layer before the next; in between, hidden states are al
 from __future__ import annotations
 
 import logging
-from collections.abc import Collection, Iterator
-from contextlib import contextmanager
-from typing import TYPE_CHECKING, Any
+from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import torch
 
-from prunelib.errors import InputError, NonFiniteError
-from prunelib.families.modeling_shared import remove_part
-from prunelib.plan import PARTS
+from prunelib.errors import NonFiniteError
 from prunelib.statistics.activations import block_cosines
 from prunelib.statistics.batches import progress
 from prunelib.statistics.layerwise import Layers, Stream
+from prunelib.statistics.without import advance, check_unit, through
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from prunelib.families.base import Config, Family
@@ -65,10 +62,7 @@ def collect(
         InputError: the part is unknown, or cannot be removed alone in this architecture.
         NonFiniteError: a hidden state is NaN or infinite; names the layer.
     """
-    if part not in ("block", *PARTS):
-        raise InputError(f"part {part!r} is unknown; allowed: block, {', '.join(PARTS)}")
-    if part != "block":
-        family.check_parts(config, part)
+    check_unit(family, config, part)
     layers = Layers(model, family)
     start = layers.begin(windows, batch_windows)
     count = len(layers.modules)
@@ -78,15 +72,12 @@ def collect(
         return result
     order, values = [], []
     left = first
-    with _restored(layers.modules):
-        for _ in progress(range(count), count, "removals", logger):
-            worst = min(left, key=lambda i: (left[i], i))
-            order.append(worst)
-            values.append(left[worst])
-            if part != "block":
-                remove_part(layers.modules[worst], part)
-            if len(order) < count:
-                left = _influences(layers, start, part, frozenset(order))
+    for _ in progress(range(count), count, "removals", logger):
+        worst = min(left, key=lambda i: (left[i], i))
+        order.append(worst)
+        values.append(left[worst])
+        if len(order) < count:
+            left = _influences(layers, start, part, frozenset(order))
     result["order"] = torch.tensor(order)
     result["influence_when_removed"] = torch.tensor(values, dtype=torch.float64)
     return result
@@ -101,23 +92,10 @@ def _influences(
     found: dict[int, float] = {}
     for index, layer in layers.sweep():
         if index in gone:
-            if part != "block":
-                layers.advance(index, layer, stream)
+            advance(layers, stream, part, gone, index, index + 1)
             continue
-        before, middle = list(stream.states), list[torch.Tensor]()
-        norm = layer.get_submodule(layers.family.parts["mlp"][-1])
-        hook = norm.register_forward_pre_hook(_keep(middle))
-        try:
-            layers.advance(index, layer, stream)
-        finally:
-            hook.remove()
-        pairs = {
-            "block": (before, stream.states),
-            "attention": (before, middle),
-            "mlp": (middle, stream.states),
-        }[part]
         cosine = 0.0
-        for x, y in zip(*pairs, strict=True):
+        for x, y in zip(*through(layers, index, layer, stream)[part], strict=True):
             # Some architectures run the MLP on all tokens in one row.
             flat = y.to(x.device).reshape(-1, y.shape[-1])
             cosine += float(block_cosines(x.reshape(-1, x.shape[-1]), flat))
@@ -125,21 +103,3 @@ def _influences(
         if not found[index] - found[index] == 0:
             raise NonFiniteError(f"influence: hidden states at layer {index} are not finite")
     return found
-
-
-def _keep(inputs: list[torch.Tensor]) -> Any:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(args[0])
-
-    return hook
-
-
-@contextmanager
-def _restored(modules: nn.ModuleList) -> Iterator[None]:
-    """Put back what is taken out of the layers meanwhile."""
-    own = [dict(layer._modules) for layer in modules]
-    try:
-        yield
-    finally:
-        for layer, parts in zip(modules, own, strict=True):
-            layer._modules.update(parts)

@@ -13,7 +13,7 @@ through a layer before the next; in between, hidden states are all that is held.
 from __future__ import annotations
 
 import logging
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
@@ -21,9 +21,9 @@ from prunelib.errors import NonFiniteError
 from prunelib.statistics.activations import block_cosines
 from prunelib.statistics.batches import progress
 from prunelib.statistics.layerwise import Layers
+from prunelib.statistics.without import through
 
 if TYPE_CHECKING:
-    from torch import nn
     from transformers import PreTrainedModel
 
     from prunelib.families.base import Config, Family
@@ -70,18 +70,7 @@ def collect(
     parts = ("block", "attention", "mlp") if family.zero_block_is_neutral(config) else ("block",)
     sums = {part: torch.zeros(3, len(layers.modules), dtype=torch.float64) for part in parts}
     for index, layer in progress(layers.sweep(), len(layers.modules), "layers", logger):
-        before, middle = list(stream.states), list[torch.Tensor]()
-        norm = layer.get_submodule(family.parts["mlp"][-1])
-        hook = norm.register_forward_pre_hook(_keep(middle))
-        try:
-            layers.advance(index, layer, stream)
-        finally:
-            hook.remove()
-        places = {
-            "block": (before, stream.states),
-            "attention": (before, middle),
-            "mlp": (middle, stream.states),
-        }
+        places = through(layers, index, layer, stream)
         for part in parts:
             for x, y in zip(*places[part], strict=True):
                 sums[part][:, index] += update_sums(x, y)
@@ -94,10 +83,3 @@ def collect(
         found[f"{part}.relative_l1"] = l1 / tokens
         found[f"{part}.relative_l2"] = l2 / tokens
     return found
-
-
-def _keep(inputs: list[torch.Tensor]) -> Any:
-    def hook(module: nn.Module, args: tuple[torch.Tensor, ...]) -> None:
-        inputs.append(args[0])
-
-    return hook

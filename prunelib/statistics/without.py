@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families.modeling_shared import remove_part
@@ -17,6 +17,7 @@ from prunelib.plan import PARTS
 from prunelib.statistics.layerwise import Layers, Stream
 
 if TYPE_CHECKING:
+    import torch
     from torch import nn
 
     from prunelib.families.base import Config, Family
@@ -71,6 +72,31 @@ def advance(
         elif part != "block":
             with without_part(layer, part):
                 layers.advance(index, layer, stream)
+
+
+def through(
+    layers: Layers, index: int, layer: nn.Module, stream: Stream
+) -> dict[str, tuple[list[torch.Tensor], list[torch.Tensor]]]:
+    """Take a stream through one layer; return, by unit, the states in front of it and behind it.
+
+    One tensor [batch, length, hidden] per batch; some architectures run the MLP on all tokens in
+    one row [tokens, hidden]. The last layer's states are those in front of the final norm.
+
+    Args:
+        layers: of the model.
+        index: of the layer.
+        layer: itself.
+        stream: in front of it; behind it afterwards.
+    """
+    before, middle = list(stream.states), list[Any]()
+    norm = layer.get_submodule(layers.family.parts["mlp"][-1])
+    hook = norm.register_forward_pre_hook(lambda _, inputs: middle.append(inputs[0]))
+    try:
+        layers.advance(index, layer, stream)
+    finally:
+        hook.remove()
+    after = list(stream.states)
+    return {"block": (before, after), "attention": (before, middle), "mlp": (middle, after)}
 
 
 def batches_of(stream: Stream) -> Iterator[Stream]:
