@@ -4,7 +4,9 @@ Scores of every estimator are held against those from true gradients on the same
 windows: MLP channels by Spearman's correlation within a layer (mean over layers), kv groups over
 all layers together. Gates are held against true gates and against the criterion itself. Directions
 are drawn once per seed; smaller numbers of perturbations are the first of them. Wanda-sp and
-Wanda-sp times noise, which know no gradient, stand beside.
+Wanda-sp times noise, which know no gradient, stand beside. All scores are also held against what
+they are for: the perplexity without the lower half of every layer's MLP channels, the first and the
+last layer excepted, on windows of the evaluation articles.
 
 A seed takes hours on a CPU; those of two processes go into one table and plot:
 
@@ -71,12 +73,19 @@ def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     """Measure and print one line per estimator, number of perturbations and reference."""
     from dataclasses import fields, replace
 
+    import torch
+
     from prunelib.checkpoint import WeightReader
+    from prunelib.data.calibration import evaluation_ids
+    from prunelib.data.text import read_articles
+    from prunelib.data.tokenizer import load_tokenizer
+    from prunelib.evaluation.perplexity import cut_windows, perplexity
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.methods.base import ScoringInputs
     from prunelib.statistics import activations, fms_direct, fms_gradients, zeroth_order
     from prunelib.statistics.estimator import Estimator
+    from prunelib.statistics.fms import gate_slices
     from prunelib.statistics.layerwise import Layers
 
     options.model = options.model or newest_artefact("fetch_model")
@@ -84,6 +93,10 @@ def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     catalogue = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
     model, config, windows = embedded(options.model, options.text, *options.windows)
     family, batch = family_of(config), len(windows)
+    articles = read_articles(options.text, "evaluation")
+    ids = evaluation_ids(articles, load_tokenizer(options.model))
+    evaluated = cut_windows(ids, 128, options.evaluated)
+    part = gate_slices(family, config, ["mlp_channel"])["mlp_channel"]
     passes = {
         module.__name__.rpartition(".")[2]: module.collect(model, family, config, windows, batch)
         for module in (activations, fms_gradients, fms_direct)
@@ -98,26 +111,45 @@ def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     references = {name: scores(name, 0) for name in REFERENCES}
     rows: list[dict[str, Any]] = []
 
-    def add(name: str, count: int, cost: float, seed: int, found: Any, reference: str) -> None:
-        agreed = agreement(found, references[reference])
-        row = {"estimator": name, "perturbations": count, "forward_passes": cost, "seed": seed}
-        rows.append(row | {"reference": reference} | agreed)
-        print(
-            f"{name} {count} ({cost:.0f} passes) seed {seed} against {reference}: "
-            f"channels {agreed['mlp_channel']:.3f}, kv groups {agreed['kv_group']:.3f}",
-            flush=True,
-        )
+    def without_half(found: Any) -> float:
+        """Return the perplexity without the lower half of the MLP channels."""
+        kept = {}
+        for index, layer in enumerate(family.layers(model)[1:-1], start=1):
+            values = found["mlp_channel"][index]
+            gone = np.zeros(len(values), dtype=bool)
+            gone[np.argsort(values)[: len(values) // 2]] = True
+            weight = layer.get_parameter(part.parameter)
+            kept[weight] = weight.data
+            weight.data = weight.data * torch.from_numpy(~gone[part.owner])
+        result = perplexity(model, evaluated).perplexity
+        for weight, data in kept.items():
+            weight.data = data
+        return result
 
-    add("wanda_sp", 0, 1, 0, scores("wanda_sp", 0), "mini_llm_backprop")
-    for name in REFERENCES[1:]:
-        add(name, 0, 4, 0, references[name], "mini_llm_backprop")
-    add("mini_llm_direct", 0, 2, 0, scores("mini_llm_direct", 0), "mini_llm_backprop")
-    for same in ("gates", "gates_taylor"):
-        found = scores(f"mini_llm_direct_{same}", 0)
-        for reference in ("mini_llm_backprop", f"mini_llm_backprop_{same}"):
-            add(f"mini_llm_direct_{same}", 0, 2, 0, found, reference)
+    def add(name: str, count: int, cost: float, seed: int, found: Any, *against: str) -> None:
+        left = without_half(found)
+        for reference in against:
+            agreed = agreement(found, references[reference])
+            row = {"estimator": name, "perturbations": count, "forward_passes": cost, "seed": seed}
+            rows.append(row | {"reference": reference} | agreed | {"perplexity": left})
+            print(
+                f"{name} {count} ({cost:.0f} passes) seed {seed} against {reference}: "
+                f"channels {agreed['mlp_channel']:.3f}, kv groups {agreed['kv_group']:.3f}, "
+                f"perplexity {left:.4g}",
+                flush=True,
+            )
+
+    if options.references:
+        add("wanda_sp", 0, 1, 0, scores("wanda_sp", 0), "mini_llm_backprop")
+        for name in REFERENCES:
+            add(name, 0, 4, 0, references[name], "mini_llm_backprop")
+        for kind in ("", "_gates", "_gates_taylor"):
+            found = scores(f"mini_llm_direct{kind}", 0)
+            names = dict.fromkeys(("mini_llm_backprop", f"mini_llm_backprop{kind}"))
+            add(f"mini_llm_direct{kind}", 0, 2, 0, found, *names)
     for seed in options.seeds:
-        add("wanda_noise", 0, 1, seed, scores("wanda_noise", seed), "mini_llm_backprop")
+        if options.references:
+            add("wanda_noise", 0, 1, seed, scores("wanda_noise", seed), "mini_llm_backprop")
         # Variants that score the same estimate in different ways share it.
         estimates: dict[Estimator, Any] = {}
         for name in options.estimators:
@@ -143,10 +175,11 @@ def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
                 tensors = estimate.statistics | estimate.reduce(layers, count)
                 found = scores(name, seed, zeroth_order=tensors)
                 cost = 1 + (whole - 1) * count / settings.perturbations
-                add(name, count, cost, seed, found, "mini_llm_backprop")
+                against = ["mini_llm_backprop"]
                 if method.gates:
                     same = "gates" if method.activation else "gates_taylor"
-                    add(name, count, cost, seed, found, f"mini_llm_backprop_{same}")
+                    against.append(f"mini_llm_backprop_{same}")
+                add(name, count, cost, seed, found, *against)
     return rows
 
 
@@ -236,7 +269,14 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="checkpoint directory")
     parser.add_argument("--text", type=Path, help="directory with articles.jsonl")
     parser.add_argument("--windows", nargs=2, type=int, default=[10, 128], help="count and tokens")
-    parser.add_argument("--estimators", nargs="+", default=ESTIMATORS, help="catalogue names")
+    parser.add_argument("--evaluated", type=int, default=16, help="windows of the perplexity")
+    parser.add_argument("--estimators", nargs="*", default=ESTIMATORS, help="catalogue names")
+    parser.add_argument(
+        "--references",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="measure what uses no random directions, too",
+    )
     parser.add_argument("--counts", nargs="+", type=int, default=[1, 8, 32, 128])
     parser.add_argument("--most-passes", type=int, default=300, help="larger counts are left out")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])

@@ -16,6 +16,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -32,6 +33,13 @@ if TYPE_CHECKING:
 CHUNK = 1 << 18
 
 Coefficients = Sequence[tuple[int, float]]
+
+
+@cache
+def _byte_signs(device: torch.device) -> torch.Tensor:
+    """Return, for every byte, its bits as plus or minus 1, fp32 [256, 8]."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return (2.0 * bits - 1).to(device)
 
 
 class Perturbation(ABC):
@@ -53,10 +61,14 @@ class Perturbation(ABC):
 
     def draw(self, count: int, generator: torch.Generator) -> torch.Tensor:
         """Return ``count`` numbers with mean 0 and variance 1, fp32."""
-        numbers = torch.empty(count, device=generator.device)
+        device = generator.device
         if self.settings.distribution == "rademacher":
-            return numbers.random_(0, 2, generator=generator).mul_(2).sub_(1)
-        return numbers.normal_(generator=generator)
+            # Eight signs of one random byte: on a CPU a third of the time of a number each.
+            drawn = torch.empty(-(-count // 8), dtype=torch.uint8, device=device)
+            drawn.random_(generator=generator)
+            signs = torch.nn.functional.embedding(drawn.int(), _byte_signs(device))
+            return signs.view(-1)[:count]
+        return torch.empty(count, device=device).normal_(generator=generator)
 
     @abstractmethod
     @contextmanager
