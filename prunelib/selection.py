@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -70,6 +70,7 @@ class Target:
             (0, 1), rounded down to whole layers.
         protect_last: the same of the last layers.
         protect_layers: indices of further layers whose units stay.
+        only: the one unit kind that loses any, as ``mlp_channel``; None for all of the method's.
     """
 
     kind: str
@@ -77,6 +78,7 @@ class Target:
     protect_first: float = 0
     protect_last: float = 0
     protect_layers: Sequence[int] = ()
+    only: str | None = None
 
     def __post_init__(self) -> None:
         if self.kind not in TARGET_KINDS:
@@ -110,13 +112,11 @@ class Target:
     def to_dict(self) -> dict[str, Any]:
         """Return the target as JSON-serialisable data, that of its constructor.
 
-        ``protect_layers`` is left out where there are none, so that plans and keys of all other
-        targets read as they always did.
+        ``protect_layers`` and ``only`` are left out where there are none, so that plans and keys of
+        all other targets read as they always did.
         """
         data = asdict(self) | {"protect_layers": list(self.protect_layers)}
-        if not self.protect_layers:
-            del data["protect_layers"]
-        return data
+        return {k: v for k, v in data.items() if v or k not in ("protect_layers", "only")}
 
     @property
     def protects(self) -> bool:
@@ -276,6 +276,21 @@ class Rule:
         if self.round_to < 1:
             raise InputError(f"round_to {self.round_to} given; a whole number from 1 allowed")
 
+    def within(self, target: Target) -> Rule:
+        """Return the rule for the unit kinds that the target reaches.
+
+        Raises:
+            InputError: the method prunes no such units.
+        """
+        if target.only is None:
+            return self
+        if target.only not in self.kinds:
+            raise InputError(
+                f"target only: {target.only!r} given; of this method allowed: "
+                f"{', '.join(self.kinds)}"
+            )
+        return replace(self, kinds=(target.only,))
+
     def removable(self, count: int) -> list[int]:
         """Return the layers, of ``count``, whose blocks (or parts of blocks) may go."""
         first, last = self.stay
@@ -408,6 +423,7 @@ def check_reachable(family: Family, config: Config, target: Target, rule: Rule) 
         InputError: with what was asked for and the most that can be had.
     """
     layers = prunable_layers(family, config, target)
+    rule = rule.within(target)
     if rule.repeat is not None:
         _check_repeat(family, config, target, rule.repeat)
         return
@@ -688,7 +704,7 @@ def _dropped(
     scores: Scores, family: Family, config: Config, target: Target, rule: Rule
 ) -> dict[tuple[int, str], int]:
     """Return how many of the lowest units go, by (layer, kind)."""
-    layers = prunable_layers(family, config, target)
+    layers, rule = prunable_layers(family, config, target), rule.within(target)
     if rule.ranking == "local":
         counts = local_counts(family, config, target, rule)
         return {(layer, kind): n for layer in layers for kind, n in counts.items()}

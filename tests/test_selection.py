@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -273,3 +274,38 @@ def test_only_unprotected_layers_lose_units() -> None:
     assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
     assert Target(**plan.target).protected(count) == {1}
     assert "protect_layers" not in Target("groups", 0.5, 1, 1).to_dict()
+
+
+@pytest.mark.parametrize("ranking", ["local", "global"])
+def test_a_target_may_reach_one_kind_of_units_alone(ranking: str) -> None:
+    family = family_of(SMOLLM2)
+    target = Target("groups", 0.5, 1, 1, only="mlp_channel")
+    rule = replace(WIDTH, ranking=ranking)
+    plan = select(random_scores(SMOLLM2, WIDTH), family, SMOLLM2, target, rule, {})
+    kept = [layer for layer in plan.kept if layer is not None]
+    assert [len(layer["kv_group"]) for layer in kept] == [3] * 30
+    widths = [len(layer["mlp_channel"]) for layer in kept]
+    assert [widths[0], widths[-1]] == [1536, 1536]
+    # Each channel is three vectors of 576: 28 layers lose 768 channels each.
+    assert sum(widths[1:-1]) == 28 * 768
+    if ranking == "local":
+        assert widths[1:-1] == [768] * 28
+    assert plan.parameters == (134_515_008, 134_515_008 - 28 * 768 * 3 * 576)
+    assert Target(**plan.target) == target
+    assert "only" not in Target("groups", 0.5).to_dict()
+
+
+def test_a_parameter_target_is_met_by_the_one_kind() -> None:
+    family = family_of(SMOLLM2)
+    target = Target("parameters", 0.2, only="mlp_channel")
+    plan = select(random_scores(SMOLLM2, WIDTH), family, SMOLLM2, target, WIDTH, {})
+    assert all(len((layer or {})["kv_group"]) == 3 for layer in plan.kept)
+    # 0.2 of 134,515,008 in 30 layers at 1,728 parameters a channel: 518.96 channels.
+    assert all(len((layer or {})["mlp_channel"]) == 1536 - 519 for layer in plan.kept)
+
+
+@pytest.mark.parametrize("kinds", [("kv_group", "mlp_channel"), ("block",)])
+def test_a_kind_that_the_method_does_not_prune_is_refused(kinds: tuple[str, ...]) -> None:
+    target = Target("groups", 0.2, only="query_slot")
+    with pytest.raises(InputError, match=f"'query_slot' given.*allowed: {', '.join(kinds)}$"):
+        check_reachable(family_of(SMOLLM2), SMOLLM2, target, Rule(kinds))

@@ -69,7 +69,11 @@ class Cell:
             "model": self.model,
             "method": self.method,
             "control": self.control,
-            "target": {"kind": target.kind, "value": target.value} if target else None,
+            "target": (
+                {"kind": target.kind, "value": target.value, "only": target.only}
+                if target
+                else None
+            ),
             "seed": self.seed,
             "recovery": self.recovery,
             "artefacts": {
@@ -88,6 +92,8 @@ def _after(previous: Node | None) -> tuple[tuple[str, ...], dict[str, Node]]:
 
 def _target_label(target: Target) -> str:
     label = f"{target.kind}-{target.value:g}"
+    if target.only:
+        label += f"-{target.only}"
     if target.protects:
         label += f"-protect-{target.protect_first:g}-{target.protect_last:g}"
         label += "".join(f"-{layer}" for layer in target.protect_layers)
@@ -236,7 +242,7 @@ class Experiment:
         targets = []
         for number, entry in enumerate(self.data["targets"]):
             protect = entry.get("protect", {})
-            ((kind, value),) = ((k, v) for k, v in entry.items() if k != "protect")
+            ((kind, value),) = ((k, v) for k, v in entry.items() if k not in ("protect", "only"))
             try:
                 targets.append(
                     Target(
@@ -245,6 +251,7 @@ class Experiment:
                         protect.get("first", 0),
                         protect.get("last", 0),
                         tuple(sorted(protect.get("layers", ()))),
+                        entry.get("only"),
                     )
                 )
             except InputError as error:

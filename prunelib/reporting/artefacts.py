@@ -33,10 +33,14 @@ CONTROLS = ("dense", "random", "prune_zero", "recovery_only")
 
 @dataclass(frozen=True)
 class Target:
-    """What was asked for: a share of parameters or groups, or a number of blocks or layers."""
+    """What was asked for: a share of parameters or groups, or a number of blocks or layers.
+
+    ``only`` names the one unit kind that was reached, if not all were.
+    """
 
     kind: str
     value: float
+    only: str | None = None
 
     @property
     def label(self) -> str:
@@ -44,7 +48,8 @@ class Target:
         counted = self.kind in ("blocks", "layers")
         if counted and (self.value >= 1 or self.value == 0):
             return f"{self.kind} {self.value:g}"
-        return f"{self.kind} {100 * self.value:g}%"
+        label = f"{self.kind} {100 * self.value:g}%"
+        return f"{label} of {self.only}" if self.only else label
 
 
 @dataclass(frozen=True)
@@ -188,7 +193,10 @@ def _parse_target(raw: Any, where: str) -> Target | None:
     value = raw.get("value")
     if not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
         raise InputError(f"{where}.target.value is {value!r}; allowed: a number of at least 0")
-    return Target(str(raw["kind"]), float(value))
+    only = raw.get("only")
+    if only is not None and not isinstance(only, str):
+        raise InputError(f"{where}.target.only is {only!r}; allowed: null or a unit kind")
+    return Target(str(raw["kind"]), float(value), only)
 
 
 def _parse_cell(raw: Any, index: int) -> Cell:

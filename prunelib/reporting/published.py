@@ -296,6 +296,8 @@ def _matches(cell: Cell, row: Published, names: set[str]) -> bool:
 
 def _same_target(cell: Cell, row: Published) -> bool:
     assert cell.target is not None
+    if cell.target.only:
+        return False
     kind, value = cell.target.kind, cell.target.value
     if (kind, row.target_kind) == ("groups", "parameters"):
         counts = cell.content("prune").get("parameters") or {}
