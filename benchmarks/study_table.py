@@ -1,7 +1,8 @@
 """Print a study's table from its ``benchmark.csv``: mean, standard deviation and single seeds.
 
 One row per target, recovery and method, the best of each method first; perplexity, its ratio to
-that of the unpruned model and, where the study has tasks, their mean accuracy, over the seeds.
+that of the unpruned model and, where the study has tasks, their mean accuracy and chrF, over the
+seeds.
 Cells without a seed count once.
 
     python benchmarks/study_table.py docs/studies/llm_pruner.csv
@@ -31,7 +32,9 @@ def markdown(studies: list[Path]) -> str:
         raise ValueError(f"perplexities of the unpruned model: {list(dense)}")
     tasks = [name for name in map(str, data.columns) if name.endswith("_acc")]
     heads = ["target", "recovery", "method", "removed", "perplexity", "ratio to unpruned"]
-    heads += ["single seeds", *(["accuracy"] if tasks else [])]
+    texts = [name for name in map(str, data.columns) if name.endswith("_chrf")]
+    scores = {name: columns for name, columns in (("accuracy", tasks), ("chrF", texts)) if columns}
+    heads += ["single seeds", *scores]
     lines = [f"Unpruned: {dense[0]:.2f}.", "", _line(heads), "|---" * len(heads) + "|"]
     cells = data[~data.control.isin(CONTROLS) & (data.status == "complete")]
     means = cells.groupby(GROUP).perplexity.mean().sort_values().index
@@ -44,7 +47,8 @@ def markdown(studies: list[Path]) -> str:
             _spread(ratio),
             ", ".join(map("{:.2f}".format, ratio)),
         ]
-        lines.append(_line(row + ([_spread(rows[tasks].mean(axis=1))] if tasks else [])))
+        row += [_spread(rows[columns].mean(axis=1), 3) for columns in scores.values()]
+        lines.append(_line(row))
     return "\n".join(lines)
 
 
@@ -52,9 +56,9 @@ def _line(cells: list[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def _spread(values: pd.Series) -> str:
-    deviation = f" ± {values.std():.2f}" if len(values) > 1 else ""
-    return f"{values.mean():.2f}{deviation}"
+def _spread(values: pd.Series, digits: int = 2) -> str:
+    deviation = f" ± {values.std():.{digits}f}" if len(values) > 1 else ""
+    return f"{values.mean():.{digits}f}{deviation}"
 
 
 def main() -> None:

@@ -13,6 +13,7 @@ from prunelib.data.calibration import evaluation_ids, packed_windows, sample_win
 from prunelib.data.tasks import (
     ENDING_WORDS,
     analogy_items,
+    completion_items,
     continuation_items,
     sentences,
 )
@@ -239,6 +240,23 @@ def test_analogies_refuse_what_cannot_be_built():
         analogy_items(analogies(x=3), 1, seed=0)
 
 
+def test_completions_are_the_halves_of_a_sentence_and_what_came_before():
+    articles = prose(3, 20)
+    items = completion_items(articles, 12, seed=0)
+    assert items == completion_items(articles, 12, seed=0) != completion_items(articles, 12, seed=1)
+    assert len({item["prompt"] for item in items}) == 12
+    for item in items:
+        whole = f"{item['prompt']} {item['reference']}"
+        assert sum(whole in article.text for article in articles) == 1
+        sentence = sentences(whole)[-1]
+        assert sentence.endswith(f" {item['reference']}")
+        words = len(sentence.split())
+        assert 12 <= words <= 24
+        assert len(item["reference"].split()) == words - words // 2
+    with pytest.raises(InputError, match="999 items were asked for; the evaluation articles yield"):
+        completion_items(articles, 999, seed=0)
+
+
 def make_task_data(tmp_path: Path) -> Path:
     from prunelib.data.analogies import write_analogies
 
@@ -247,7 +265,7 @@ def make_task_data(tmp_path: Path) -> Path:
         directory.mkdir()
     write_articles(text, [(article, "evaluation") for article in prose(3, 20)])
     write_analogies(words, analogies(x=8, y=8))
-    params = {"continuation": 12, "analogies": 8, "seed": 0}
+    params = {"continuation": 12, "analogies": 8, "completion": 5, "seed": 0}
     script("tasks_data").main(request("tasks_data", params, out, text=text, analogies=words), out)
     return out
 
@@ -285,3 +303,20 @@ def test_task_files_are_read_by_lm_eval(tmp_path, monkeypatch, task, file, keys,
     )
     assert scores["acc"] == 1.0
     assert set(scores) >= {"acc", "acc_norm"}
+
+
+def test_completions_are_read_by_lm_eval(tmp_path, monkeypatch):
+    monkeypatch.setenv("HF_DATASETS_OFFLINE", "1")
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    from lm_eval.api.task import ConfigurableTask
+
+    data = make_task_data(tmp_path) / "completion.jsonl"
+    config = yaml.safe_load((ROOT / "config/tasks/local_completion.yaml").read_text())
+    config["dataset_kwargs"]["data_files"] = {"test": str(data)}
+    built = ConfigurableTask(config=config)
+    rows = [json.loads(line) for line in data.read_text().splitlines()]
+    documents = list(built.test_docs())
+    assert len(documents) == len(rows) == 5
+    for document, row in zip(documents, rows, strict=True):
+        assert built.doc_to_text(document) == row["prompt"]
+        assert built.doc_to_target(document) == row["reference"]

@@ -3,6 +3,7 @@ from __future__ import annotations
 import json
 import math
 import socket
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,88 @@ def test_local_task_equals_a_hand_computation_offline(
     assert result["n"] == 3
     assert result["items"]["doc_id"] == [0, 1, 2]
     assert capsys.readouterr().out == ""
+
+
+GENERATION = [
+    {"prompt": "a bb ccc", "reference": "ff ggg h"},
+    {"prompt": "h ggg", "reference": "e e dd"},
+    {"prompt": "e", "reference": "bb"},
+]
+
+
+def chrf(text: str, reference: str) -> float:
+    """Popovic 2015: F with beta 2 of character n-grams up to 6, over the orders that both have."""
+    shares = []
+    texts = [part.replace(" ", "") for part in (text, reference)]
+    for n in range(1, 7):
+        ours, theirs = (
+            Counter(part[i : i + n] for i in range(len(part) - n + 1)) for part in texts
+        )
+        if ours and theirs:
+            common = sum((ours & theirs).values())
+            shares.append((common / sum(ours.values()), common / sum(theirs.values())))
+    precision, recall = (sum(column) / len(shares) for column in zip(*shares, strict=True))
+    return 5 * precision * recall / (4 * precision + recall) if precision + recall else 0.0
+
+
+def test_generation_equals_greedy_decoding_and_chrf_by_hand(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    without_network(monkeypatch)
+    definition = read_definition(REPOSITORY / "config" / "tasks" / "local_completion.yaml")
+    definition["generation_kwargs"]["max_gen_toks"] = 5
+    path = tmp_path / "completion.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in GENERATION), encoding="utf-8")
+    spec = TaskSpec("local_completion", definition, path)
+    result = evaluate_tasks(llama(), tokenizer(), [spec], batch_size=2)["local_completion"]
+    texts, scores = [], []
+    model = llama().double()
+    for item in GENERATION:
+        tokens = [WORDS.index(word) for word in item["prompt"].split()]
+        start = len(tokens)
+        for _ in range(5):
+            with torch.no_grad():
+                tokens.append(int(model(torch.tensor([tokens])).logits[0, -1].argmax()))
+            if tokens[-1] == 0:  # <s> ends a text, too
+                break
+        texts.append(" ".join(WORDS[token] for token in tokens[start:] if token))
+        scores.append(chrf(texts[-1], item["reference"]))
+    assert [text.strip() for text in result["items"]["text"]] == texts
+    assert 0 < max(scores) < 1
+    assert len(set(scores)) > 1
+    assert result["items"]["chrf"] == pytest.approx(scores)
+    mean = sum(scores) / 3
+    assert result["chrf"] == pytest.approx(mean)
+    error = math.sqrt(sum((x - mean) ** 2 for x in scores) / 2 / 3)
+    assert result["chrf_stderr"] == pytest.approx(error)
+    assert result["exact_match"] is None
+    assert "acc" not in result
+
+
+def test_exact_match_takes_the_first_way_of_cutting_answers(tmp_path: Path) -> None:
+    definition = read_definition(REPOSITORY / "config" / "tasks" / "local_completion.yaml")
+    definition["generation_kwargs"]["max_gen_toks"] = 1
+    definition["metric_list"] = [{"metric": "exact_match", "aggregation": "mean"}]
+    cut = [{"function": "regex", "regex_pattern": pattern} for pattern in ("(.*)", "(nothing)")]
+    definition["filter_list"] = [
+        {"name": name, "filter": [way, {"function": "take_first"}]}
+        for name, way in zip(("whole", "none"), cut, strict=True)
+    ]
+    model = llama().double()
+    items = []
+    for item in GENERATION:
+        tokens = [WORDS.index(word) for word in item["prompt"].split()]
+        with torch.no_grad():
+            best = WORDS[int(model(torch.tensor([tokens])).logits[0, -1].argmax())]
+        items.append({"prompt": item["prompt"], "reference": best})
+    items[1]["reference"] += "x"
+    path = tmp_path / "completion.jsonl"
+    path.write_text("".join(json.dumps(item) + "\n" for item in items), encoding="utf-8")
+    spec = TaskSpec("local_completion", definition, path)
+    result = evaluate_tasks(llama(), tokenizer(), [spec])["local_completion"]
+    assert result["items"]["exact_match"] == [1, 0, 1]
+    assert result["exact_match"] == pytest.approx(2 / 3)
+    assert result["chrf"] is None
 
 
 def test_limit_takes_the_first_documents_and_changes_the_fingerprint(local: TaskSpec) -> None:

@@ -22,7 +22,7 @@ from prunelib.reporting.artefacts import Cell, Report, Target, load_report
 from prunelib.reporting.build import build
 from prunelib.reporting.flags import find_flags, off_budget
 from prunelib.reporting.html import cost_tables, headlines, sharing_sizes
-from prunelib.reporting.plots import widths
+from prunelib.reporting.plots import accuracy, widths
 from prunelib.reporting.published import (
     compare,
     load_published,
@@ -37,6 +37,7 @@ from prunelib.reporting.stats import (
 )
 from prunelib.reporting.table import (
     load_cells,
+    metric_of,
     neutralise,
     number,
     paired_differences,
@@ -334,6 +335,39 @@ def test_paired_differences_by_hand(bench: Bench) -> None:
     assert task["verdict"] == "not distinguishable"
     assert rows.loc[("random", "dense", "nll"), "verdict"] == "worse"
     assert ("dense", "random", "nll") not in rows.index
+
+
+def test_generation_stands_beside_accuracies(bench: Bench) -> None:
+    for cell in bench.cells:
+        if not cell["artefacts"].get("tasks"):
+            continue
+        items = [0.5, 0.25, 0.75, 0.0] if cell["method"] != "good" else [0.7, 0.45, 0.95, 0.2]
+        written = {"doc_id": [0, 1, 2, 3], "text": list("abcd"), "chrf": items, "exact_match": None}
+        result = {"chrf": sum(items) / 4, "chrf_stderr": 0.05, "exact_match": None, "n": 4}
+        result |= {"items": written, "version": 1}
+        cell["artefacts"]["tasks"] = bench.tasks(f"w{cell['id']}", [1, 1], tasks={"write": result})
+    report = bench.report()
+    rows = paired_differences(report).set_index(["method", "reference", "metric"])
+    row = rows.loc[("good", "random", "write/chrf")]
+    assert (row["difference"], row["documents"]) == (pytest.approx(0.2), 4)
+    assert row["verdict"] == "better"
+    assert set(rows.index.get_level_values("metric")) == {"nll", "write/chrf"}
+    summary = summarise(load_cells(report)).set_index(["method", "metric"])
+    assert summary.loc[("good", "write_chrf"), "mean"] == pytest.approx(0.575)
+    assert metric_of("write_chrf").label == "write (chrf)"
+    assert accuracy(report) is not None
+    # 0.375 and errors of 0.05: 0.575 is above the unpruned model's by more than chance.
+    assert "better than dense" in rules(report)
+
+
+def test_a_target_of_one_kind_has_a_row_of_its_own(bench: Bench) -> None:
+    half = {"kind": "groups", "value": 0.5}
+    for name, target in (("all", half), ("one", half | {"only": "mlp_channel"})):
+        bench.cell(name, "good", seed=0, prune=bench.plan(f"p{name}", 0.3),
+                   perplexity=bench.perplexity(f"p{name}", BASE))  # fmt: skip
+        bench.cells[-1]["target"] = target
+    groups = [group[2] for group in bench.report().groups if group[2].startswith("groups")]
+    assert groups == ["groups 50%", "groups 50% of mlp_channel"]
 
 
 def test_other_documents_are_not_compared(bench: Bench) -> None:

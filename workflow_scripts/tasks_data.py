@@ -1,7 +1,7 @@
-"""Build the two local multiple-choice tasks.
+"""Build the local tasks: two of multiple choice and, where asked for, one of generation.
 
-Parameters: ``continuation`` and ``analogies`` (numbers of items), ``seed``. Inputs: ``text``,
-``analogies``.
+Parameters: ``continuation``, ``analogies`` and, optionally, ``completion`` (numbers of items),
+``seed``. Inputs: ``text``, ``analogies``.
 """
 
 import json
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from prunelib.data.analogies import read_analogies
 from prunelib.data.parameters import required
-from prunelib.data.tasks import analogy_items, continuation_items, write_items
+from prunelib.data.tasks import analogy_items, completion_items, continuation_items, write_items
 from prunelib.data.text import read_articles
 from prunelib.provenance.step import StepRequest, run_step
 
@@ -18,13 +18,17 @@ def main(request: StepRequest, out: Path) -> None:
     """Write ``continuation.jsonl``, ``analogies.jsonl`` and ``meta.json``."""
     counts = {
         key: required(request.params, key, int, request.step)
-        for key in ("continuation", "analogies", "seed")
+        for key in ("continuation", "analogies", "seed", "completion")
+        if key != "completion" or key in request.params
     }
     articles = read_articles(request.inputs["text"], "evaluation")
     rows = read_analogies(request.inputs["analogies"])
     continuation = continuation_items(articles, counts["continuation"], counts["seed"])
     write_items(out / "continuation.jsonl", continuation)
     write_items(out / "analogies.jsonl", analogy_items(rows, counts["analogies"], counts["seed"]))
+    if "completion" in counts:
+        items = completion_items(articles, counts["completion"], counts["seed"])
+        write_items(out / "completion.jsonl", items)
     (out / "meta.json").write_text(json.dumps(counts, indent=2) + "\n", encoding="utf-8")
 
 

@@ -1,4 +1,4 @@
-"""Two multiple-choice tasks built from local text: the true continuation, and word analogies."""
+"""Tasks built from local text: the true continuation, word analogies, and a sentence's rest."""
 
 from __future__ import annotations
 
@@ -106,6 +106,29 @@ def continuation_items(articles: Sequence[Article], n: int, seed: int) -> list[I
         picked = [others[int(i)] for i in generator.choice(len(others), CHOICES - 1, replace=False)]
         endings = _choices(ending, picked, label)
         items.append({"context": context, "endings": endings, "label": label})
+    return items
+
+
+def completion_items(articles: Sequence[Article], n: int, seed: int) -> list[Item]:
+    """Build ``n`` items: up to three sentences and half of the next one, and its other half.
+
+    No context and no sentence occurs twice.
+
+    Raises:
+        InputError: the articles yield fewer than ``n`` items.
+    """
+    pool = _continuations(articles)
+    if not 1 <= n <= len(pool):
+        raise InputError(
+            f"completion task: {n} items were asked for; the evaluation articles yield {len(pool)}"
+        )
+    items: list[Item] = []
+    for place in np.random.default_rng(seed).choice(len(pool), size=n, replace=False):
+        _, context, sentence = pool[int(place)]
+        words = sentence.split()
+        half = len(words) // 2
+        prompt = " ".join([context, *words[:half]])
+        items.append({"prompt": prompt, "reference": " ".join(words[half:])})
     return items
 
 

@@ -1,4 +1,4 @@
-"""Tasks through lm-eval's Python API: accuracies, standard errors and per-item results."""
+"""Tasks through lm-eval's Python API: scores, standard errors and per-item results."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from typing import TYPE_CHECKING, Any
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.evaluation.precision import fp32_compute
-from prunelib.evaluation.tasks import TaskSpec
+from prunelib.evaluation.tasks import CHOICE_METRICS, GENERATION_METRICS, TaskSpec
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 logger = logging.getLogger(__name__)
-
-METRICS = ("acc", "acc_norm")
 
 
 def _local_config(spec: TaskSpec, cache: Path) -> dict[str, Any]:
@@ -84,29 +82,55 @@ def _load_tasks(spec: TaskSpec, cache: Path, seed: int) -> dict[str, Any]:
     return tasks
 
 
-def _standard_error(value: Any) -> float | None:
-    return float(value) if isinstance(value, int | float) else None
+def _item_score(metric: str, value: Any) -> float:
+    """Return one document's score; of chrF lm-eval logs (reference, text), for a whole corpus."""
+    if metric != "chrf":
+        return float(value)
+    import sacrebleu
+
+    reference, text = value
+    return sacrebleu.sentence_chrf(text, [reference]).score / 100
 
 
-def _summary(
-    name: str, results: Mapping[str, Any], samples: Sequence[Mapping[str, Any]], version: Any
-) -> dict[str, Any]:
+def _mean(scores: Sequence[float]) -> tuple[float, float | None]:
+    """Return the mean and its standard error; one score has no spread."""
+    mean, count = math.fsum(scores) / len(scores), len(scores)
+    if count < 2:
+        return mean, None
+    variance = math.fsum((score - mean) ** 2 for score in scores) / (count - 1)
+    return mean, math.sqrt(variance / count)
+
+
+def _summary(name: str, samples: Sequence[Mapping[str, Any]], version: Any) -> dict[str, Any]:
     """Return the metrics of one task; ``samples`` are lm-eval's logged documents."""
-    ordered = sorted(samples, key=lambda sample: sample["doc_id"])
-    if "acc" not in ordered[0]:
-        raise InputError(f"task {name} has no acc; only multiple-choice tasks can be compared here")
-    for sample in ordered:
-        if not all(math.isfinite(likelihood) for likelihood, _ in sample["filtered_resps"]):
-            raise NonFiniteError(
-                f"task {name}, document {sample['doc_id']}: a log-likelihood is not finite"
-            )
+    # A generation task may cut answers out of its texts in several ways; the first one counts.
+    ways = [sample["filter"] for sample in samples]
+    ordered = sorted(
+        (sample for sample in samples if sample["filter"] == ways[0]), key=lambda s: s["doc_id"]
+    )
+    metrics = CHOICE_METRICS if "acc" in ordered[0] else GENERATION_METRICS
+    if not any(metric in ordered[0] for metric in metrics):
+        raise InputError(
+            f"task {name} has none of acc, {', '.join(GENERATION_METRICS)}; such a task cannot be "
+            "compared here"
+        )
     summary: dict[str, Any] = {}
     items: dict[str, Any] = {"doc_id": [sample["doc_id"] for sample in ordered]}
-    for metric in METRICS:
-        measured = metric in ordered[0]
-        summary[metric] = float(results[f"{metric},none"]) if measured else None
-        summary[f"{metric}_stderr"] = _standard_error(results.get(f"{metric}_stderr,none"))
-        items[metric] = [int(sample[metric]) for sample in ordered] if measured else None
+    if metrics is CHOICE_METRICS:
+        for sample in ordered:
+            if not all(math.isfinite(likelihood) for likelihood, _ in sample["filtered_resps"]):
+                raise NonFiniteError(
+                    f"task {name}, document {sample['doc_id']}: a log-likelihood is not finite"
+                )
+    else:
+        items["text"] = [str(sample["filtered_resps"][0]) for sample in ordered]
+    for metric in metrics:
+        summary |= {metric: None, f"{metric}_stderr": None}
+        items[metric] = None
+        if metric in ordered[0]:
+            scores = [_item_score(metric, sample[metric]) for sample in ordered]
+            items[metric] = scores if metric == "chrf" else [int(score) for score in scores]
+            summary[metric], summary[f"{metric}_stderr"] = _mean(scores)
     hashes = json.dumps([sample["doc_hash"] for sample in ordered]).encode()
     return summary | {
         "n": len(ordered),
@@ -130,14 +154,11 @@ def _evaluate_one(
             lm=harness_model,
             task_dict={"tasks": tasks},
             limit=limit,
-            # Means have a closed-form standard error; only other metrics would be bootstrapped.
-            bootstrap_iters=1,
+            # Errors of means are computed here; nothing is bootstrapped.
+            bootstrap_iters=0,
         )
     return {
-        name: _summary(
-            name, results["results"][name], results["samples"][name], results["versions"][name]
-        )
-        for name in tasks
+        name: _summary(name, results["samples"][name], results["versions"][name]) for name in tasks
     }
 
 
@@ -164,13 +185,16 @@ def evaluate_tasks(
         seed: for the few-shot samples and whatever a task draws.
 
     Returns:
-        By task name: ``acc``, ``acc_stderr``, ``acc_norm`` (the choice's log-likelihood divided by
-        its length in characters), ``acc_norm_stderr`` (None where the task does not define the
-        metric, or one document has no spread), ``n``, ``items`` (``doc_id``, 0/1 per document for
-        each metric, in document order), ``documents_sha256`` and the task's ``version``.
+        By task name: of multiple choice ``acc`` and ``acc_norm`` (the choice's log-likelihood
+        divided by its length in characters), of generation ``exact_match`` and ``chrf`` (mean of
+        single documents'), each from 0 to 1 with ``<metric>_stderr`` (None where the task does not
+        define the metric, or one document has no spread), ``n``, ``items`` (``doc_id``, a score per
+        document for each metric and what was generated, in document order), ``documents_sha256``
+        and the task's ``version``.
 
     Raises:
-        InputError: an unknown task, a broken definition or documents, or a task without acc.
+        InputError: an unknown task, a broken definition or documents, or a task without any of
+            these metrics.
         NonFiniteError: a log-likelihood is NaN or infinite.
     """
     names = [spec.name for spec in tasks]

@@ -9,6 +9,12 @@ from typing import Any
 
 from prunelib.errors import InputError
 
+# Multiple choice: right answers, and with log-likelihoods by the character. Generation: texts that
+# are the reference, and their chrF against it (Popovic 2015). All from 0 to 1.
+CHOICE_METRICS = ("acc", "acc_norm")
+GENERATION_METRICS = ("exact_match", "chrf")
+TASK_METRICS = (*CHOICE_METRICS, *GENERATION_METRICS)
+
 
 @dataclass(frozen=True)
 class TaskSpec:

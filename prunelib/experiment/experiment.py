@@ -496,7 +496,11 @@ class Experiment:
                 for name in entry["tasks"]
                 if name in self._task_definitions
             }
-            counts = {key: local[key] for key in ("continuation", "analogies", "seed")}
+            counts = {
+                key: local[key]
+                for key in ("continuation", "analogies", "completion", "seed")
+                if key in local
+            }
             sources = {
                 "text": self._text(local["text"]),
                 "analogies": self._text(local["analogies_text"]),

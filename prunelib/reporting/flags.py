@@ -13,6 +13,7 @@ from statistics import median
 
 import numpy as np
 
+from prunelib.evaluation.tasks import TASK_METRICS
 from prunelib.reporting.artefacts import Cell, Report, find_value, hardware_label
 from prunelib.reporting.stats import estimate
 from prunelib.reporting.table import (
@@ -48,7 +49,7 @@ def _accuracies(cell: Cell) -> dict[str, tuple[float, float]]:
     """Task metric -> (value, standard error)."""
     found: dict[str, tuple[float, float]] = {}
     for task, result in (cell.content("tasks").get("tasks") or {}).items():
-        for kind in ("acc", "acc_norm"):
+        for kind in TASK_METRICS:
             value, error = result.get(kind), result.get(f"{kind}_stderr")
             if isinstance(value, int | float) and isinstance(error, int | float):
                 found[f"{task} {kind}"] = (float(value), float(error))

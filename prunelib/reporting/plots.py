@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from prunelib.evaluation.tasks import CHOICE_METRICS, TASK_METRICS
 from prunelib.reporting.artefacts import Cell, Report, read_losses
 from prunelib.reporting.stats import estimate
 from prunelib.reporting.table import measured_on, number, realised_ratio
@@ -625,7 +626,7 @@ def _draw_latency(axis: Axes, cells: list[Cell], times: list[float], look: Style
 
 
 def accuracy(report: Report) -> Plot | None:
-    """Accuracy per task and method, with standard errors and the chance level."""
+    """Accuracy (or chrF) per task and method, with standard errors and the chance level."""
     tasks = sorted({t for cell in report.cells for t in (cell.content("tasks").get("tasks") or {})})
     rows = _task_rows(report)
     if not tasks or not rows:
@@ -640,7 +641,7 @@ def accuracy(report: Report) -> Plot | None:
         sharey=True,
     )
     for axis, task in zip(axes.ravel(), tasks, strict=False):
-        kind = "acc_norm" if task in NORMALISED else "acc"
+        kind = _task_metric(report, task)
         for y, (_, before, after) in enumerate(rows):
             for cells, shift in ((before, -0.14), (after, 0.14)):
                 _draw_accuracy(axis, cells, task, kind, y + shift * bool(before and after), style)
@@ -653,7 +654,7 @@ def accuracy(report: Report) -> Plot | None:
         if value:
             axis.axvline(value[0], color="black", linestyle="--", linewidth=1, label="dense")
         axis.set_title(f"{task} ({kind})")
-        axis.set_xlabel("accuracy")
+        axis.set_xlabel("accuracy" if kind in CHOICE_METRICS else kind)
         axis.set_yticks(range(len(rows)), [label for label, _, _ in rows])
         axis.set_ylim(len(rows) - 0.5, -0.5)
     for axis in axes.ravel()[len(tasks) :]:
@@ -681,6 +682,15 @@ def _task_rows(report: Report) -> list[tuple[str, list[Cell], list[Cell]]]:
         before, after = found.setdefault(label, ([], []))
         (before if first.recovery == "none" else after).extend(cells)
     return [(label, *pair) for label, pair in found.items()]
+
+
+def _task_metric(report: Report, task: str) -> str:
+    """Return the metric by which a task is shown: the customary one, or the first it has."""
+    if task in NORMALISED:
+        return "acc_norm"
+    results = [(c.content("tasks").get("tasks") or {}).get(task) or {} for c in report.cells]
+    measured = (k for k in TASK_METRICS if any(r.get(k) is not None for r in results))
+    return next(measured, "acc")
 
 
 def _task_value(cells: list[Cell], task: str, kind: str) -> tuple[float, float] | None:

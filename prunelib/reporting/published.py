@@ -14,7 +14,7 @@ target_kind    ``none`` for dense and unstated ratios, ``parameters``, ``groups`
                ``layers``
 target_value   share (0.2) or number of blocks or layers; 0 for dense and unstated ratios
 recovered      ``true`` when the figure is from after recovery
-metric         ``perplexity``, ``<task>_acc``, ``<task>_acc_norm``, ``average_7_tasks``,
+metric         ``perplexity``, ``<task>_acc`` (or another of a task), ``average_7_tasks``,
                ``parameters``, ``macs``, ``memory_mib``, ``latency_s``; others are kept, and not
                compared
 value          the figure as printed; accuracies in percent
@@ -37,6 +37,7 @@ from pathlib import Path
 from typing import Any
 
 from prunelib.errors import InputError
+from prunelib.evaluation.tasks import TASK_METRICS
 from prunelib.reporting.artefacts import Cell, Report
 from prunelib.reporting.stats import estimate
 from prunelib.reporting.table import AVERAGE, LLM_PRUNER_TASKS
@@ -235,7 +236,7 @@ def _our_accuracy(cell: Cell, metric: str) -> tuple[float | None, str]:
         wanted = [name for name in wanted if metric == AVERAGE or not name.startswith("boolq")]
     values = []
     for name in wanted:
-        kind = "acc_norm" if name.endswith("_acc_norm") else "acc"
+        kind = next((kind for kind in TASK_METRICS if name.endswith(f"_{kind}")), "acc")
         value = _number((tasks.get(name.removesuffix(f"_{kind}")) or {}).get(kind))
         if value is None:
             return None, f"task not measured: {name}"

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 
+from prunelib.evaluation.tasks import TASK_METRICS
 from prunelib.reporting.artefacts import CONTENT, STEPS, Cell, Report, hardware_label
 from prunelib.reporting.stats import bootstrap_limits, estimate, student_t_quantile
 
@@ -69,10 +70,10 @@ TIMED = (
 
 
 def metric_of(name: str) -> Metric:
-    """Description of a metric by its column name; task accuracies included."""
+    """Description of a metric by its column name; those of tasks included."""
     if name in METRICS:
         return METRICS[name]
-    for kind in ("acc_norm", "acc"):
+    for kind in TASK_METRICS:
         if name.endswith(f"_{kind}"):
             return Metric(f"{name.removesuffix(f'_{kind}')} ({kind})", "share", "higher", "tasks")
     return Metric(name.replace("_", " "), "share", "higher", "tasks")
@@ -108,7 +109,8 @@ def _task_columns(metrics: Mapping[str, Any]) -> dict[str, Any]:
     row: dict[str, Any] = {}
     tasks = metrics.get("tasks") or {}
     for task, result in sorted(tasks.items()):
-        for name in ("acc", "acc_stderr", "acc_norm", "acc_norm_stderr", "n", "version"):
+        measured = [f"{kind}{end}" for kind in TASK_METRICS for end in ("", "_stderr")]
+        for name in (*measured, "n", "version"):
             if result.get(name) is not None:
                 row[f"{task}_{name}"] = result[name]
     recipe = [_number(tasks.get(task, {}).get(kind)) for task, kind in LLM_PRUNER_TASKS.items()]
@@ -269,10 +271,11 @@ def window_nll(cell: Cell) -> np.ndarray[Any, np.dtype[np.float64]]:
 
 def metric_columns(frame: pd.DataFrame) -> list[str]:
     """Columns of the frame that are figures to be averaged over seeds."""
+    endings = tuple(f"_{kind}" for kind in TASK_METRICS)
     tasks = [
         name
         for name in frame.columns
-        if name == AVERAGE or (name.endswith(("_acc", "_acc_norm")) and name not in METRICS)
+        if name == AVERAGE or (name.endswith(endings) and name not in METRICS)
     ]
     return [name for name in METRICS if name in frame.columns] + tasks
 
@@ -430,7 +433,8 @@ def _paired_metrics(report: Report) -> list[str]:
     tasks: set[str] = set()
     for cell in report.cells:
         for task, result in (cell.content("tasks").get("tasks") or {}).items():
-            tasks |= {f"{task}/{kind}" for kind in (result.get("items") or {})}
+            items = result.get("items") or {}
+            tasks |= {f"{task}/{kind}" for kind in TASK_METRICS if items.get(kind)}
     return ["nll", *sorted(tasks)]
 
 
@@ -462,9 +466,9 @@ def _references(report: Report, cells: list[Cell]) -> list[tuple[str, list[Cell]
 def paired_differences(report: Report) -> pd.DataFrame:
     """Differences to the baseline and to dense on the same documents, with 95 % intervals.
 
-    Scores are averaged over seeds per document first (NLL per perplexity window, 0/1 per task
-    item); the mean difference over documents has a bootstrap interval (10,000 resamples) and a t
-    interval. A difference is called only where both exclude 0. Intervals are over documents, with
+    Scores are averaged over seeds per document first (NLL per perplexity window, 0/1 or chrF per
+    task item); the mean difference over documents has a bootstrap interval (10,000 resamples) and a
+    t interval. A difference is called only where both exclude 0. Intervals are over documents, with
     the seeds as they are, and are not corrected for the number of comparisons.
 
     Returns:
