@@ -191,22 +191,21 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
     data = pd.DataFrame(rows).drop_duplicates([*keys, "seed"])
     groups = data.groupby(keys)
     columns = {"forward_passes": groups.forward_passes.mean(), "seeds": groups.seed.count()}
-    for kind in KINDS:
-        columns |= {f"{kind}_mean": groups[kind].mean(), f"{kind}_std": groups[kind].std()}
+    for figure in (*KINDS, "perplexity"):
+        columns |= {f"{figure}_mean": groups[figure].mean(), f"{figure}_std": groups[figure].std()}
     return pd.DataFrame(columns).reset_index()
 
 
 def markdown(table: pd.DataFrame) -> str:
     """Return the summary as a table."""
-    lines = [
-        "| against | estimator | perturbations | forward passes | channels | kv groups |",
-        "|---|---|---|---|---|---|",
-    ]
+    heads = ["against", "estimator", "perturbations", "forward passes", "channels", "kv groups"]
+    heads.append("perplexity")
+    lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in table.to_dict("records"):
         cells = [
-            f"{row[f'{kind}_mean']:.3f}"
-            + (f" ± {row[f'{kind}_std']:.3f}" if row["seeds"] > 1 else "")
-            for kind in KINDS
+            f"{row[f'{figure}_mean']:.{digits}f}"
+            + (f" ± {row[f'{figure}_std']:.{digits}f}" if row["seeds"] > 1 else "")
+            for figure, digits in (*((kind, 3) for kind in KINDS), ("perplexity", 1))
         ]
         names = f"| {row['reference']} | {row['estimator']} | {row['perturbations'] or '-'} "
         lines.append(f"{names}| {row['forward_passes']:.0f} | {' | '.join(cells)} |")
@@ -214,53 +213,63 @@ def markdown(table: pd.DataFrame) -> str:
 
 
 def plot(table: pd.DataFrame, path: Path) -> None:
-    """Write correlation against forward passes, one panel per reference and kind of unit."""
+    """Write correlation, and perplexity without half of the channels, against forward passes.
+
+    One panel per reference and kind of unit, and one for perplexity. What draws no directions, or
+    has no number of them, is a horizontal line.
+    """
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    figure, axes = plt.subplots(
-        len(REFERENCES), len(KINDS), figsize=(10, 11), sharex=True, layout="constrained"
-    )
+    figure = plt.figure(figsize=(10, 16), layout="constrained")
+    grid = figure.add_gridspec(len(REFERENCES) + 1, len(KINDS), height_ratios=[1, 1, 1, 1.4])
     names = sorted(table.estimator[table.perturbations > 0].unique())
     styles = dict(zip(names, [(f"C{i}", "osv^D"[i % 5]) for i in range(len(names))], strict=True))
-    for line, reference in zip(axes, REFERENCES, strict=True):
+
+    def draw(place: Any, part: pd.DataFrame, column: str, title: str, label: str) -> Any:
+        axis = figure.add_subplot(place)
+        for name in names:
+            rows = part[(part.estimator == name) & (part.perturbations > 0)]
+            if len(rows):
+                colour, marker = styles[name]
+                axis.errorbar(
+                    rows.forward_passes,
+                    rows[f"{column}_mean"],
+                    rows[f"{column}_std"],
+                    color=colour,
+                    marker=marker,
+                    capsize=3,
+                    label=name,
+                )
+        for number, row in enumerate(part[part.perturbations == 0].to_dict("records")):
+            height = row[f"{column}_mean"]
+            axis.axhline(height, color="0.4", ls=["-", "--", ":", "-."][number % 4])
+            axis.annotate(
+                row["estimator"],
+                (0.01, height),
+                xycoords=("axes fraction", "data"),
+                fontsize=6,
+                va="bottom",
+            )
+        axis.set(xscale="log", xlabel="forward passes", ylabel=label)
+        axis.set_title(title, fontsize=9)
+        axis.grid(alpha=0.3)
+        return axis
+
+    for line, reference in enumerate(REFERENCES):
         part = table[table.reference == reference]
-        for axis, (kind, label) in zip(line, KINDS.items(), strict=True):
-            for name in names:
-                rows = part[(part.estimator == name) & (part.perturbations > 0)]
-                if len(rows):
-                    colour, marker = styles[name]
-                    axis.errorbar(
-                        rows.forward_passes,
-                        rows[f"{kind}_mean"],
-                        rows[f"{kind}_std"],
-                        color=colour,
-                        marker=marker,
-                        capsize=3,
-                        label=name,
-                    )
-            for number, row in enumerate(part[part.perturbations == 0].to_dict("records")):
-                axis.axhline(
-                    row[f"{kind}_mean"], color="0.4", ls=["-", "--", ":", "-."][number % 4]
-                )
-                axis.annotate(
-                    row["estimator"],
-                    (0.01, row[f"{kind}_mean"]),
-                    xycoords=("axes fraction", "data"),
-                    fontsize=6,
-                    va="bottom",
-                )
-            axis.set(xscale="log", title=f"{label}, against {reference}")
-            axis.title.set_fontsize(9)
-            axis.grid(alpha=0.3)
-        line[0].set_ylabel("Spearman's correlation")
-    for axis in axes[-1]:
-        axis.set_xlabel("forward passes")
-    handles, labels = axes[0, 0].get_legend_handles_labels()
+        for column, (kind, label) in enumerate(KINDS.items()):
+            title = f"{label}, against {reference}"
+            draw(grid[line, column], part, kind, title, "Spearman's correlation")
+    once = table.drop_duplicates(["estimator", "perturbations"])
+    title = "without the lower half of the MLP channels of all layers but the outer two"
+    axis = draw(grid[-1, :], once, "perplexity", title, "perplexity")
+    axis.set_yscale("log")
+    handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
-    figure.savefig(path, dpi=130)
+    figure.savefig(path, dpi=110)
 
 
 def main() -> int:

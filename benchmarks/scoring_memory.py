@@ -17,6 +17,11 @@ counts. Models: those of ``scoring.py``; the large one is written to a temporary
 
     python benchmarks/scoring_memory.py            # on the newest fetched model and text
     python benchmarks/scoring_memory.py --large
+
+``--growth`` measures time instead: how it grows with perturbations and tokens, in one process, as
+CPU seconds and as forward passes with loss over the same windows.
+
+    python benchmarks/scoring_memory.py --growth
 """
 
 from __future__ import annotations
@@ -26,6 +31,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -109,6 +115,57 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     }
 
 
+def growth(options: argparse.Namespace) -> int:
+    """Print how the time of an estimate grows with perturbations and tokens."""
+    import torch
+
+    from prunelib.families import family_of
+    from prunelib.statistics import zeroth_order
+
+    rows: list[dict[str, Any]] = []
+    estimators: dict[str, dict[str, Any]] = {
+        "gaussian": {},
+        "rademacher": {"distribution": "rademacher"},
+        "gates": {"perturbation": "gates"},
+    }
+    print(f"fp32, {torch.get_num_threads()} threads; the fastest of {options.repeats} counts")
+    print("| tokens | estimator | perturbations | passes | CPU s | in forward passes | one more |")
+    print("|---|---|---|---|---|---|---|")
+
+    def seconds(run: Callable[[], Any]) -> float:
+        return float(min(measured(run, options.repeats)["cpu_seconds"]))
+
+    def forward(model: Any, windows: torch.Tensor) -> None:
+        with torch.inference_mode():
+            model(windows, labels=windows, use_cache=False)
+
+    for length in (32, 128):
+        model, config, windows = embedded(options.model, options.text, 10, length)
+        estimate = partial(
+            zeroth_order.collect, model, family_of(config), config, windows, len(windows), seed=0
+        )
+        forward(model, windows)
+        one = seconds(partial(forward, model, windows))
+        for name, settings in estimators.items():
+            before: tuple[int, float] | None = None
+            for count in (1, 4, 8):
+                spent = seconds(partial(estimate, perturbations=count, **settings))
+                more = (spent - before[1]) / (count - before[0]) / one if before else None
+                before = (count, spent)
+                rows.append(
+                    {"tokens": windows.numel(), "estimator": name, "perturbations": count}
+                    | {"cpu_seconds": spent, "forward_seconds": one, "one_more": more}
+                )
+                print(
+                    f"| {windows.numel()} | {name} | {count} | {1 + 2 * count} | {spent:.1f} | "
+                    f"{spent / one:.1f} | {'' if more is None else f'{more:.2f}'} |",
+                    flush=True,
+                )
+    if options.json:
+        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
 def report(options: argparse.Namespace) -> int:
     """Measure every pass, print the table and a verdict per limit."""
     found = {}
@@ -163,6 +220,7 @@ def main() -> int:
     parser.add_argument("--model", type=Path, help="checkpoint directory")
     parser.add_argument("--text", type=Path, help="directory with articles.jsonl")
     parser.add_argument("--large", action="store_true", help="1.1 B random parameters instead")
+    parser.add_argument("--growth", action="store_true", help="time by perturbations and tokens")
     parser.add_argument("--perturbations", type=int, default=4)
     parser.add_argument("--repeats", type=int, help="default 2; 1 with --large")
     parser.add_argument("--json", type=Path, help="write the figures here")
@@ -179,7 +237,7 @@ def main() -> int:
     if not options.large:
         options.model = options.model or newest_artefact("fetch_model")
         options.text = options.text or newest_artefact("fetch_text")
-        return report(options)
+        return growth(options) if options.growth else report(options)
     with tempfile.TemporaryDirectory() as directory:
         options.model = Path(directory)
         # In a process of its own, whose memory is free again.
