@@ -23,7 +23,7 @@ from test_pruned_equals_masked import (
 )
 
 from prunelib import checkpoint
-from prunelib.cluster import resources
+from prunelib.cluster import scoring_work
 from prunelib.cluster.resources import request
 from prunelib.cluster.settings import Cluster
 from prunelib.criteria.depth import absent_minus_present, chain_marginals, order_scores
@@ -438,7 +438,7 @@ def test_resources_count_the_blocks_of_the_passes() -> None:
         ),
     ]
     for name, options, run in cases:
-        expected = resources._DEPTH_PASSES[name](8, options).blocks
+        expected = scoring_work.DEPTH_PASSES[name](8, options).blocks
         assert 0.6 * expected <= walked_blocks(run, 8) <= expected, name
 
 

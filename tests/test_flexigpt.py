@@ -25,7 +25,13 @@ from test_pruned_equals_masked import (
 )
 
 from prunelib import checkpoint, low_rank
-from prunelib.cluster import resources
+from prunelib.cluster import scoring_work
+from prunelib.cluster.geometry import (
+    SharedLayers,
+    computed_parameters,
+    parameter_bound,
+    shared_layers,
+)
 from prunelib.cluster.resources import request
 from prunelib.cluster.settings import Cluster
 from prunelib.criteria import block_distance
@@ -921,24 +927,23 @@ def prune_node(name: str, variant: str) -> tuple[Node, Node]:
 
 def test_resources_by_hand() -> None:
     node, recovery = prune_node("flexigpt_llama2_7b", "flexigpt")
-    shared_layers = resources.shared_layers(node)
-    assert shared_layers == resources.SharedLayers(11, EACH, 256, repeated=False)
+    assert shared_layers(node) == SharedLayers(11, EACH, 256, repeated=False)
     left = 6_738_415_616 - 11 * (202_383_360 - EACH)
-    assert resources.remaining_parameters(node) == left
-    assert resources.computed_parameters(node) == 6_738_415_616 + 11 * EACH
+    assert parameter_bound(node) == left
+    assert computed_parameters(node) == 6_738_415_616 + 11 * EACH
     node, _ = prune_node("flexigpt_tinyllama", "flexigpt_extend_block")
     config = geometry("tinyllama-1.1b")
     each = family_of(config).shared_parameters(config, 256, True)
     block = family_of(config).block_parameters(config)
-    assert resources.remaining_parameters(node) == 1_100_048_384 + 14 * each
-    assert resources.computed_parameters(node) == 1_100_048_384 + 14 * (each + block)
+    assert parameter_bound(node) == 1_100_048_384 + 14 * each
+    assert computed_parameters(node) == 1_100_048_384 + 14 * (each + block)
     # What LoRA asks for is not what is trained here.
     cluster = Cluster.load(CONFIG / "cluster.yaml")
     plain = prune_node("flexigpt_llama2_7b", "shortgpt")[1]
     assert request(recovery, cluster).disk_mb * 2**20 == pytest.approx(4 * 11 * EACH, rel=0.01)
     assert request(plain, cluster).disk_mb * 2**20 == pytest.approx(4 * 32 * 19_988_480, rel=0.01)
-    assert resources.OVERSAMPLE == low_rank.OVERSAMPLE
-    assert resources.ITERATIONS == low_rank.ITERATIONS
+    assert scoring_work.OVERSAMPLE == low_rank.OVERSAMPLE
+    assert scoring_work.ITERATIONS == low_rank.ITERATIONS
 
 
 def test_distances_cost_a_decomposition_of_every_matrix() -> None:

@@ -15,10 +15,12 @@ from typing import Any
 import pytest
 import yaml
 
-from prunelib.cluster import resources
+from prunelib.cluster import geometry, scoring_work, step_work
 from prunelib.cluster.cost import cost_rows, largest_requests, planned_disk_bytes
-from prunelib.cluster.resources import MIB, is_local, model_of, request
+from prunelib.cluster.geometry import model_of
+from prunelib.cluster.resources import is_local, request
 from prunelib.cluster.settings import DEVICE_STEPS, Cluster, Gpu
+from prunelib.cluster.work import MIB, Case
 from prunelib.errors import InputError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node, closure
@@ -176,7 +178,7 @@ def test_work_of_streamed_recovery_by_hand(cluster: Cluster) -> None:
 def test_model_sizes_of_other_architectures_by_hand(
     name: str, cache_bytes: int, adapter: int, scores: int
 ) -> None:
-    model = resources._model_of_geometry((CONFIG / "models" / f"{name}.json").read_text())
+    model = geometry.model_of_geometry((CONFIG / "models" / f"{name}.json").read_text())
     assert model.kv_cache_bytes(2048, 2) == cache_bytes
     assert model.lora_parameters(LoraRecipe()) == adapter
     assert model.forward_token_bytes(2, 2048) - model.forward_token_bytes(2, 0) == scores
@@ -336,7 +338,7 @@ def test_second_order_by_hand(cluster: Cluster) -> None:
     assert "one layer's graph of 128 tokens" in sentence
     assert "one layer's graph of 1,280 tokens" in request(gradients, cluster).explanation
     # 10 windows x 32 blocks x (7 x 4 B + 3 x 2 B) through the memory, which takes time.
-    work = resources._statistics(resources._Case(fisher, cluster, cluster.gpu(None)[1]))
+    work = scoring_work.statistics_work(Case(fisher, cluster, cluster.gpu(None)[1]))
     assert work.moved == 10 * 32 * 202_383_360 * 34
     assert request(fisher, cluster).seconds > request(gradients, cluster).seconds
 
@@ -390,8 +392,8 @@ def test_gradients_from_forward_passes_by_hand(cluster: Cluster) -> None:
         streamed.explanation
     )
     work = {
-        count: resources._statistics(
-            resources._Case(
+        count: scoring_work.statistics_work(
+            Case(
                 zeroth_order("llama-7b", LLAMA, perturbations=count), cluster, cluster.gpu(None)[1]
             )
         )
@@ -414,14 +416,14 @@ def test_buffers_are_those_of_the_steps() -> None:
     from prunelib.recovery import loss
     from prunelib.statistics import gradients, zeroth_order
 
-    assert resources.KEPT_BYTES == gradients.KEPT_BYTES
-    assert resources.KEPT_WEIGHTS == gradients.KEPT_WEIGHTS
-    assert resources.STREAM_BYTES == zeroth_order.STREAM_BYTES
-    assert resources.HEAD_BYTES == gradients.LOGITS_BYTES
-    assert resources.LOSS_CHUNK == loss.CHUNK
-    assert resources.EVALUATION_TOKENS["cpu"] == perplexity.BATCH_TOKENS["cpu"]
-    assert resources.EVALUATION_TOKENS["cuda"] == perplexity.GPU_BATCH_TOKENS
-    assert resources.LOGITS_SHARE == perplexity.MEMORY_SHARE
+    assert scoring_work.KEPT_BYTES == gradients.KEPT_BYTES
+    assert scoring_work.KEPT_WEIGHTS == gradients.KEPT_WEIGHTS
+    assert scoring_work.STREAM_BYTES == zeroth_order.STREAM_BYTES
+    assert scoring_work.HEAD_BYTES == gradients.LOGITS_BYTES
+    assert step_work.LOSS_CHUNK == loss.CHUNK
+    assert step_work.EVALUATION_TOKENS["cpu"] == perplexity.BATCH_TOKENS["cpu"]
+    assert step_work.EVALUATION_TOKENS["cuda"] == perplexity.GPU_BATCH_TOKENS
+    assert step_work.LOGITS_SHARE == perplexity.MEMORY_SHARE
 
 
 def test_methods_without_weights_read_none(cluster: Cluster) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from prunelib.cluster.resources import MIB, Request, is_local, model_name, request
+from prunelib.cluster.geometry import model_name
+from prunelib.cluster.resources import Request, is_local, request
 from prunelib.cluster.settings import Cluster
+from prunelib.cluster.work import MIB
 from prunelib.experiment.graph import SCRIPTS, Node
 
 _ORDER = tuple(SCRIPTS)
