@@ -74,7 +74,7 @@ def expected_tokens(alpha: float, gamma: int) -> float:
 
 
 def expected_speed_up(alpha: float, gamma: int, cost: float) -> float:
-    """Return plain over speculative time where a pass costs the same for 1 and ``gamma + 1`` tokens.
+    """Return plain over speculative time, a pass over several tokens costing what one over 1 does.
 
     ``(1 - alpha^(gamma + 1)) / ((1 - alpha) (gamma c + 1))`` (2211.17192, theorem 3.8).
 

@@ -17,8 +17,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from prunelib.checkpoint import family_of_config
 from prunelib.errors import InputError
-from prunelib.families import family_of
 from prunelib.speculation.arithmetic import verification
 from prunelib.speculation.draft import Draft, DraftCache
 from prunelib.speculation.swift import Search
@@ -89,7 +89,7 @@ class Decoded:
 
     @property
     def tokens_per_pass(self) -> float:
-        """New tokens per pass of the model; the pass over the prompt gives the first. NaN at one."""
+        """New tokens, but for the one that the prompt's pass gives, per pass; NaN without any."""
         return (len(self.tokens) - 1) / self.passes if self.passes else float("nan")
 
 
@@ -176,7 +176,9 @@ def decode(
             with used.drafting(cache):
                 while len(guesses) < many and not ends & {*guesses[-1:]}:
                     last = ids.new_tensor([(tokens + guesses)[-1:]])
-                    logits = model(input_ids=last, past_key_values=cache).logits[0, -1]
+                    logits = model(input_ids=last, past_key_values=cache, use_cache=True).logits[
+                        0, -1
+                    ]
                     guess, probabilities, sure = _guess(choose, logits, settings.threshold)
                     guesses.append(guess)
                     q.append(probabilities)
@@ -185,14 +187,14 @@ def decode(
         length = prompt + len(tokens) - 1
         cache.shorten(length)
         read = ids.new_tensor([[tokens[-1], *guesses]])
-        logits = model(input_ids=read, past_key_values=cache).logits[0]
+        logits = model(input_ids=read, past_key_values=cache, use_cache=True).logits[0]
         right, own = choose.verify(logits, guesses, q)
         cache.shorten(length + 1 + right)
         passes, drafted, accepted = passes + 1, drafted + len(guesses), accepted + right
         judged += min(right + 1, len(guesses))
         tokens += guesses[:right]
         # Behind an end-of-text token there is nothing to add.
-        if tokens[-1] not in ends or not right:
+        if tokens[-1] not in ends:
             tokens.append(own)
     return Decoded(tuple(tokens), drafted, accepted, judged, passes, searches)
 
@@ -210,7 +212,9 @@ def _prompt_logits(model: PreTrainedModel, ids: Tensor, cache: DraftCache) -> Te
     """Fill the cache with the prompt; return the logits [vocabulary] behind it."""
     known = "logits_to_keep" in inspect.signature(model.forward).parameters
     last = {"logits_to_keep": 1} if known else {}
-    logits: Tensor = model(input_ids=ids, past_key_values=cache, **last).logits[0, -1]
+    logits: Tensor = model(input_ids=ids, past_key_values=cache, use_cache=True, **last).logits[
+        0, -1
+    ]
     return logits
 
 
@@ -230,7 +234,7 @@ def _check(
     if model.training:
         raise InputError("decoding: the model is in training mode; allowed: eval mode")
     config = model.config.to_dict()
-    positions = family_of(config).dimensions(config).positions
+    positions = family_of_config(config).dimensions(config).positions
     length = ids.shape[1] + settings.new_tokens
     if positions is not None and length > positions:
         raise InputError(

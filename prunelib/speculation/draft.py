@@ -9,14 +9,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from copy import copy
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 from transformers import DynamicCache
 
+from prunelib.checkpoint import family_of_config
 from prunelib.errors import InputError
-from prunelib.families import family_of, modeling_shared
+from prunelib.families import modeling_shared
 from prunelib.families.base import VIRTUAL, Config, class_title
 from prunelib.plan import PARTS
 from prunelib.statistics.without import check_unit, without_part
@@ -45,7 +47,7 @@ class Skipped:
         """Refuse what does not fit a model of so many layers.
 
         Raises:
-            InputError: a layer does not exist or is named twice, or no attention is left.
+            InputError: a layer does not exist or is named twice.
         """
         for unit, named in (("block", self.block), *((p, getattr(self, p)) for p in PARTS)):
             wrong = [i for i in named if type(i) is not int or not 0 <= i < layers]
@@ -57,8 +59,6 @@ class Skipped:
         twice = set(self.block) & {*self.attention, *self.mlp}
         if twice:
             raise InputError(f"draft: layers {sorted(twice)} are named as blocks and by part")
-        if len({*self.block, *self.attention}) == layers:
-            raise InputError("draft: no attention is left; at least one must stay")
 
     @classmethod
     def of_plan(cls, plan: Plan) -> Skipped:
@@ -118,17 +118,21 @@ class DraftCache(DynamicCache):
 
     def shorten(self, length: int) -> None:
         """Take back all positions from ``length`` on, in every slot that has them."""
-        for slot in self.layers:
+        slots: list[Any] = self.layers
+        for slot in slots:
             more = slot.get_seq_length() - length
             if more > 0:
                 slot.crop(-more)
 
     def prefix(self, length: int) -> DraftCache:
-        """Return a cache of the first positions; it shares memory until it is written to."""
+        """Return a cache of the first positions; nothing is copied."""
         first = DraftCache()
-        for index, slot in enumerate(self.layers):
-            # Slots grow by concatenation, which leaves these views' owner alone.
-            first.update(slot.keys[..., :length, :], slot.values[..., :length, :], index)
+        slots: list[Any] = self.layers
+        for slot in slots:
+            part = copy(slot)
+            # Slots grow by concatenation, which leaves the tensors that these are views of alone.
+            part.keys, part.values = slot.keys[..., :length, :], slot.values[..., :length, :]
+            first.layers.append(part)
         return first
 
 
@@ -167,7 +171,7 @@ class Draft:
                 in this architecture, or no attention is left.
         """
         config = model.config.to_dict()
-        family = family_of(config)
+        family = family_of_config(config)
         layers = family.layers(model)
         skipped.check(len(layers))
         self.model, self.skipped = model, skipped
@@ -187,8 +191,12 @@ class Draft:
         attention = family.parts["attention"][0]
         whole = _weights_read(model, layers)
         with self._in_place():
-            slots = (getattr(layer._modules.get(attention), "layer_idx", None) for layer in layers)
-            self._slot = min(slot for slot in slots if slot is not None)
+            found = (getattr(layer._modules.get(attention), "layer_idx", None) for layer in layers)
+            slots = [slot for slot in found if slot is not None]
+            if not slots:
+                raise InputError("draft: no attention is left; at least one must stay")
+            # Of the slots that the draft fills: the cache is asked there for its length.
+            self._slot = slots[0]
             self.cost = _weights_read(model, layers) / whole
 
     def _take_out(self, layer: nn.Module, part: str, where: str, module: str) -> None:
@@ -230,8 +238,9 @@ class Draft:
 def _weights_read(model: PreTrainedModel, layers: nn.ModuleList) -> int:
     """Return the number of weights that one pass reads in layers and head."""
     shared = (m for m in layers.modules() if isinstance(m, modeling_shared.SharedLinear))
+    head: Any = model.get_output_embeddings()
     return (
         sum(parameter.numel() for parameter in layers.parameters())
-        + sum(module.base.weight.numel() for module in shared)
-        + model.get_output_embeddings().weight.numel()
+        + sum(int(module.base.weight.numel()) for module in shared)
+        + int(head.weight.numel())
     )

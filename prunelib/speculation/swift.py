@@ -23,8 +23,8 @@ from typing import TYPE_CHECKING
 import numpy as np
 import numpy.typing as npt
 
+from prunelib.checkpoint import family_of_config
 from prunelib.errors import InputError
-from prunelib.families import family_of
 from prunelib.speculation.draft import Draft, DraftCache, Skipped
 
 if TYPE_CHECKING:
@@ -128,7 +128,7 @@ class Search:
                 be left out alone.
         """
         self.model, self.settings = model, settings
-        self.layers = len(family_of(model.config.to_dict()).layers(model))
+        self.layers = len(family_of_config(model.config.to_dict()).layers(model))
         self._sublayers = 2 * (self.layers - 2)
         self._count = int(self._sublayers * settings.skip_ratio)
         if self._count < 1:
@@ -173,13 +173,13 @@ class Search:
         draft = Draft(self.model, Skipped(attention=attention, mlp=mlp))
         score = matchness(draft, tokens[:, : self.settings.window + 1], cache)
         self.tell(point, score)
-        if score == self.best and not self._idle:
+        if not self._idle:
             self.draft = draft
 
     def propose(self) -> Floats:
-        """Return the next candidate [sub-layers], 1 where one is left out: attentions, then MLPs."""
+        """Return the next candidate [sub-layers]: attentions, then MLPs; 1 is left out."""
         if (len(self.scores) + 1) % self.settings.bayes_interval or not self.scores:
-            return self._random_sets(1)[0]
+            return self._random_sets(1).ravel()
         points, scores = np.array(self._points), np.array(self.scores)
         best = points[scores.argmax()]
         neighbours = []
@@ -224,5 +224,5 @@ def matchness(draft: Draft, tokens: Tensor, cache: DraftCache) -> float:
         cache: of the model, over the text in front of ``tokens``; written to.
     """
     with draft.drafting(cache):
-        logits = draft.model(input_ids=tokens[:, :-1], past_key_values=cache).logits
+        logits = draft.model(input_ids=tokens[:, :-1], past_key_values=cache, use_cache=True).logits
     return float((logits.argmax(-1) == tokens[:, 1:]).double().mean())
