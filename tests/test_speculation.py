@@ -20,6 +20,7 @@ from prunelib.plan import Plan
 from prunelib.speculation import decoding
 from prunelib.speculation.arithmetic import (
     best_draft_length,
+    counted_speed_up,
     expected_speed_up,
     expected_tokens,
     residual,
@@ -38,9 +39,10 @@ DRAFTS = {
 }
 # Grouped and single heads, rotary, learned and linear positions, norms before and after.
 CASES = [
-    *itertools.product(
-        ("llama", "llama-mha", "qwen3", "opt", "opt-bare", "bloom-8", "glm"), ("blocks", "parts")
-    ),
+    *itertools.product(("llama", "opt", "bloom-8", "glm"), ("blocks", "parts")),
+    ("llama-mha", "parts"),
+    ("opt-bare", "parts"),
+    ("qwen3", "blocks"),
     ("qwen2-sliding", "blocks"),
     ("qwen2-sliding", "mlp"),
     ("opt-post-norm", "blocks"),
@@ -538,6 +540,10 @@ def test_expected_speed_up_by_hand() -> None:
     for wrong in (lambda: expected_tokens(1.1, 2), lambda: expected_tokens(0.5, -1)):
         with pytest.raises(InputError, match="allowed"):
             wrong()
+    # Three rounds of 2, 2 and 1 draft tokens, of which 2, 0 and 1 are accepted.
+    assert counted_speed_up(6, 3, 5, 0.4) == pytest.approx(6 / 5)
+    with pytest.raises(InputError, match="0 passes"):
+        counted_speed_up(6, 0, 5, 0.4)
     with pytest.raises(InputError, match="cost ratio nan"):
         expected_speed_up(0.5, 2, math.nan)
 

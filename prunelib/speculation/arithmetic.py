@@ -91,6 +91,23 @@ def expected_speed_up(alpha: float, gamma: int, cost: float) -> float:
     return expected_tokens(alpha, gamma) / (gamma * cost + 1)
 
 
+def counted_speed_up(tokens: int, passes: int, drafted: int, cost: float) -> float:
+    """Return the same from what was counted: no independence of tokens, and any draft lengths.
+
+    Args:
+        tokens: that the passes gave, each of which costs plain decoding a pass.
+        passes: of the model.
+        drafted: draft tokens, a draft pass each.
+        cost: time of a draft pass over that of a pass of the model.
+
+    Raises:
+        InputError: there was no pass, or the cost is out of range.
+    """
+    if passes < 1 or not cost >= 0:
+        raise InputError(f"{passes} passes and cost ratio {cost} given; from 1 and from 0 allowed")
+    return tokens / (passes + cost * drafted)
+
+
 def best_draft_length(alpha: float, cost: float, most: int = 32) -> int:
     """Return the draft length, up to ``most``, of the highest expected speed-up.
 
