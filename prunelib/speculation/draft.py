@@ -1,8 +1,8 @@
 """The draft: a model that leaves out some of its own blocks, attentions or MLPs for a while.
 
 Nothing is copied. Draft and model share weights and one key-value cache: the draft reads what the
-model has stored of the text, as in SWIFT (arXiv 2410.06916) and *Draft & Verify* (2309.08168), so
-that it needs neither a pass over the prompt nor a cache of its own.
+model has stored of the text, as in SWIFT's code (arXiv 2410.06916; it works on a copy), so that it
+needs neither a pass over the prompt nor a cache of its own.
 """
 
 from __future__ import annotations
