@@ -23,7 +23,7 @@ LAYERS = [
     ["selection"],
     ["methods"],
     ["recovery"],
-    ["evaluation"],
+    ["evaluation", "speculation"],
     ["reporting", "experiment"],
     ["cluster"],
     ["sharing"],

@@ -1,0 +1,1 @@
+"""Self-speculative decoding: the model without some of its parts drafts, the whole one verifies."""
