@@ -73,17 +73,20 @@ def stepper(model: Any, windows: torch.Tensor, dropout: float) -> Callable[[], A
     from prunelib.recovery import lora
     from prunelib.recovery.data import Batch
     from prunelib.recovery.fused import fuse
+    from prunelib.recovery.recipe import LoraRecipe
+    from prunelib.recovery.step import train_step
+    from prunelib.recovery.trainable import with_adapters
 
     count, length = windows.shape
-    recipe = lora.LoraRecipe(dropout=dropout, batch=count, micro_batch=count, length=length)
+    recipe = LoraRecipe(dropout=dropout, batch=count, micro_batch=count, length=length)
     place = torch.device("cpu")
     lora._place(model, place, torch.float32)
-    adapted = lora._with_adapters(model, recipe).train()
+    adapted = with_adapters(model, recipe).train()
     fuse(adapted)
     trainable = {name: p for name, p in adapted.named_parameters() if p.requires_grad}
     optimiser = torch.optim.AdamW(trainable.values(), lr=recipe.lr)
     batches = [Batch(windows)]
-    return lambda: lora._step(model, trainable, optimiser, batches, recipe, place, 1, "")
+    return lambda: train_step(model, trainable, optimiser, batches, recipe, place, 1, "")
 
 
 def measure(options: argparse.Namespace) -> dict[str, list[tuple[float, float]]]:
@@ -125,7 +128,7 @@ def useful_shares(length: int) -> dict[str, float]:
     from prunelib.data.text import Article, read_articles
     from prunelib.data.tokenizer import load_tokenizer
     from prunelib.recovery.data import Examples, PackedWindows, StreamedWindows, TrainingData
-    from prunelib.recovery.lora import LoraRecipe
+    from prunelib.recovery.recipe import LoraRecipe
 
     articles = read_articles(newest_artefact("fetch_text"), "recovery")
     tokenizer = load_tokenizer(newest_artefact("fetch_model"))

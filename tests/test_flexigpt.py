@@ -43,7 +43,8 @@ from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.plan import Plan, SharedBlock
 from prunelib.recovery import adapters, lora
-from prunelib.recovery.lora import LoraRecipe, recover
+from prunelib.recovery.lora import recover
+from prunelib.recovery.recipe import LoraRecipe
 from prunelib.replacement import shared_tensors
 from prunelib.reporting import artefacts
 from prunelib.reporting.published import published_names, read_published
@@ -819,19 +820,19 @@ def test_an_interrupted_recovery_ends_with_the_same_bytes(
 ) -> None:
     recipe = replace(RECIPE, kept_lora=kept_lora)
     whole = train(small, tmp_path / "whole", recipe)
-    step = lora._step
+    step = lora.train_step
 
     def killed(*args: Any, **kwargs: Any) -> float:
         if args[6] == 4:
             raise KeyboardInterrupt
         return step(*args, **kwargs)
 
-    monkeypatch.setattr(lora, "_step", killed)
+    monkeypatch.setattr(lora, "train_step", killed)
     with pytest.raises(KeyboardInterrupt):
         train(small, tmp_path / "broken", recipe)
     monkeypatch.undo()
     steps: list[int] = []
-    monkeypatch.setattr(lora, "_step", lambda *a, **k: steps.append(a[6]) or step(*a, **k))
+    monkeypatch.setattr(lora, "train_step", lambda *a, **k: steps.append(a[6]) or step(*a, **k))
     again = train(small, tmp_path / "broken", recipe)
     assert steps == [3, 4]
     names = {path.name for path in whole.iterdir()}

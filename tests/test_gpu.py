@@ -12,7 +12,8 @@ from conftest import tiny_config, tiny_model
 from prunelib.checkpoint import load_model
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.families import family_of
-from prunelib.recovery.lora import parse_recipe, recover
+from prunelib.recovery.lora import recover
+from prunelib.recovery.recipe import parse_recipe
 from prunelib.statistics import (
     activations,
     fisher,

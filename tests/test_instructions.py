@@ -31,7 +31,8 @@ from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.families import family_of
 from prunelib.recovery import adapters, lora
 from prunelib.recovery.data import IGNORED, Examples
-from prunelib.recovery.lora import LoraRecipe, parse_recipe, recover
+from prunelib.recovery.lora import recover
+from prunelib.recovery.recipe import LoraRecipe, batch_indices, parse_recipe
 
 # Written out once more, as Stanford Alpaca prints them.
 WITH_INPUT = (
@@ -379,7 +380,7 @@ def test_training_equals_a_plain_loop_without_padding(tmp_path):
     expected, validated, kept = [], {}, {}
     tokens = positions = 0
     for step in range(16):
-        picked = [data[i] for i in lora.batch_indices(step, 20, recipe, 3)]
+        picked = [data[i] for i in batch_indices(step, 20, recipe, 3)]
         loss = mean_loss(model, picked)
         optimiser.zero_grad()
         loss.backward()
@@ -473,7 +474,7 @@ def test_without_eval_every_the_last_adapter_is_kept(trained, tmp_path):
 
 @pytest.mark.parametrize("steps", [4, 8, 13, 15])
 def test_a_resumed_run_ends_with_the_same_bytes(steps, trained, tmp_path, monkeypatch):
-    original = lora._step
+    original = lora.train_step
 
     def step(*args):
         if args[6] > steps:
@@ -481,7 +482,7 @@ def test_a_resumed_run_ends_with_the_same_bytes(steps, trained, tmp_path, monkey
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora, "_step", step)
+        patch.setattr(lora, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
             train(tmp_path)
     best = json.loads(read(trained)["meta.json"])["best_step"]
@@ -505,7 +506,7 @@ def test_the_state_of_other_validation_data_is_not_taken(tmp_path, monkeypatch, 
 
 def test_a_non_finite_validation_loss_stops_the_run(tmp_path, monkeypatch):
     values = iter([4.0, math.inf])
-    monkeypatch.setattr(lora, "_validation_loss", lambda *args: next(values))
+    monkeypatch.setattr(lora, "validation_loss", lambda *args: next(values))
     message = r"the validation loss is inf at step 4; state of step 3 kept in"
     with pytest.raises(NonFiniteError, match=message):
         train(tmp_path)

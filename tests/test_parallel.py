@@ -35,7 +35,7 @@ from test_recovery import (
 
 from prunelib.errors import InputError
 from prunelib.recovery import parallel
-from prunelib.recovery.lora import parse_recipe
+from prunelib.recovery.recipe import parse_recipe
 
 # A last step of an epoch has one window: the second process has nothing to do in it.
 PLAIN = replace(RECIPE, dropout=0.0, micro_batch=1, clip_norm=0.5)

@@ -22,8 +22,15 @@ from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.recovery import adapters, lora
 from prunelib.recovery import data as data_module
 from prunelib.recovery import state as state_module
-from prunelib.recovery.lora import LoraRecipe, parse_recipe, recover
+from prunelib.recovery.lora import recover
 from prunelib.recovery.loss import frozen_head_loss
+from prunelib.recovery.recipe import (
+    LoraRecipe,
+    batch_indices,
+    learning_rate,
+    parse_recipe,
+    total_steps,
+)
 
 ROOT = Path(__file__).parents[1]
 RECIPE = LoraRecipe(
@@ -166,7 +173,7 @@ def test_other_adapters_stay_with_peft(change):
 
 def test_schedule_by_hand():
     recipe = replace(RECIPE, lr=1.0, warmup_steps=2)
-    rates = [lora.learning_rate(step, 6, recipe) for step in range(6)]
+    rates = [learning_rate(step, 6, recipe) for step in range(6)]
     assert rates == [0.0, 0.5, 1.0, 0.75, 0.5, 0.25]
 
 
@@ -179,7 +186,7 @@ def test_schedule_is_that_of_transformers(schedule):
     theirs = get_scheduler(schedule, optimiser, num_warmup_steps=3, num_training_steps=11)
     recipe = replace(RECIPE, lr=0.004, warmup_steps=3, schedule=schedule)
     for step in range(11):
-        ours = lora.learning_rate(step, 11, recipe)
+        ours = learning_rate(step, 11, recipe)
         assert ours == pytest.approx(optimiser.param_groups[0]["lr"], rel=1e-12, abs=1e-15)
         optimiser.step()
         theirs.step()
@@ -192,8 +199,8 @@ def test_schedule_is_that_of_transformers(schedule):
 )
 def test_a_token_budget_ends_with_the_step_that_reaches_it(budget, steps, read):
     recipe = replace(RECIPE, tokens=budget)
-    assert lora.total_steps(13, recipe) == steps
-    sizes = [12 * len(lora.batch_indices(step, 13, recipe, 0)) for step in range(steps)]
+    assert total_steps(13, recipe) == steps
+    sizes = [12 * len(batch_indices(step, 13, recipe, 0)) for step in range(steps)]
     assert sum(sizes) == read
     assert sum(sizes[:-1]) < budget <= sum(sizes)
 
@@ -209,14 +216,14 @@ def test_accumulation_does_not_change_the_step(tmp_path):
 
 def test_every_epoch_reads_every_window_once_in_another_order():
     epochs = [
-        torch.cat([lora.batch_indices(4 * e + s, 13, RECIPE, seed=3) for s in range(4)]).tolist()
+        torch.cat([batch_indices(4 * e + s, 13, RECIPE, seed=3) for s in range(4)]).tolist()
         for e in range(2)
     ]
     assert [sorted(order) for order in epochs] == [list(range(13))] * 2
     assert epochs[0] != epochs[1]
-    assert lora.batch_indices(0, 13, RECIPE, 4).tolist() != epochs[0][:4]
-    assert lora.total_steps(13, RECIPE) == 8
-    assert lora.total_steps(13, replace(RECIPE, max_steps=3)) == 3
+    assert batch_indices(0, 13, RECIPE, 4).tolist() != epochs[0][:4]
+    assert total_steps(13, RECIPE) == 8
+    assert total_steps(13, replace(RECIPE, max_steps=3)) == 3
 
 
 def test_training_equals_a_plain_loop_with_full_logits(tmp_path):
@@ -235,7 +242,7 @@ def test_training_equals_a_plain_loop_with_full_logits(tmp_path):
     schedule = get_linear_schedule_with_warmup(optimiser, 2, 8)
     expected = []
     for step in range(8):
-        batch = tokens()[lora.batch_indices(step, 13, recipe, 3)]
+        batch = tokens()[batch_indices(step, 13, recipe, 3)]
         logits = model(input_ids=batch).logits[:, :-1].reshape(-1, 67)
         loss = F.cross_entropy(logits, batch[:, 1:].reshape(-1))
         optimiser.zero_grad()
@@ -449,14 +456,14 @@ def _interrupted(root: Path) -> None:
         assert _in_child(lambda path=path: run_streamed(path)) == 0
 
     def terminated():
-        original = lora._step
+        original = lora.train_step
 
         def step(*args):
             if args[6] == 3:
                 os.kill(os.getpid(), signal.SIGTERM)
             return original(*args)
 
-        lora._step = step
+        lora.train_step = step
         run(root / "terminated")
 
     print("terminated", _in_child(terminated), sep="\t")
@@ -490,7 +497,7 @@ def test_killed_and_resumed_runs_end_with_the_same_bytes(trained, tmp_path):
 
 def _broken_off(path: Path, monkeypatch, steps: int = 5, recipe: LoraRecipe = RECIPE) -> Path:
     """Stop a run within its step ``steps + 1``; return its newest state."""
-    original = lora._step
+    original = lora.train_step
 
     def step(*args):
         if args[6] > steps:
@@ -498,7 +505,7 @@ def _broken_off(path: Path, monkeypatch, steps: int = 5, recipe: LoraRecipe = RE
         return original(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(lora, "_step", step)
+        patch.setattr(lora, "train_step", step)
         with pytest.raises(KeyboardInterrupt):
             run(path, recipe)
     return next((path / "state").iterdir())
@@ -507,8 +514,10 @@ def _broken_off(path: Path, monkeypatch, steps: int = 5, recipe: LoraRecipe = RE
 def test_resuming_does_only_the_steps_that_are_left(trained, tmp_path, monkeypatch):
     assert _broken_off(tmp_path, monkeypatch).name == "step-00000004"
     done = []
-    original = lora._step
-    monkeypatch.setattr(lora, "_step", lambda *args: (done.append(args[6]), original(*args))[1])
+    original = lora.train_step
+    monkeypatch.setattr(
+        lora, "train_step", lambda *args: (done.append(args[6]), original(*args))[1]
+    )
     assert run(tmp_path).resumed_from == 4
     assert done == [5, 6, 7, 8]
     assert read(tmp_path) == read(trained)
@@ -571,14 +580,14 @@ def test_other_thread_count_is_another_run(tmp_path, monkeypatch, caplog):
 
 
 def test_non_finite_loss_names_step_and_keeps_the_state(tmp_path, monkeypatch):
-    original = lora._step
+    original = lora.train_step
 
     def step(model, *args):
         if args[5] == 4:
             model.model.norm.weight.data[0] = math.inf
         return original(model, *args)
 
-    monkeypatch.setattr(lora, "_step", step)
+    monkeypatch.setattr(lora, "train_step", step)
     with pytest.raises(NonFiniteError, match=r"loss is nan at step 4; state of step 2 kept in"):
         run(tmp_path)
     assert [p.name for p in (tmp_path / "state").iterdir()] == ["step-00000002"]

@@ -24,7 +24,7 @@ from prunelib.cluster.work import MIB, Case
 from prunelib.errors import InputError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node, closure
-from prunelib.recovery.lora import LoraRecipe
+from prunelib.recovery.recipe import LoraRecipe
 from workflow_scripts import cost
 
 ROOT = Path(__file__).resolve().parents[1]

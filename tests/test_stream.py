@@ -18,7 +18,7 @@ from prunelib.data.sources import parse_source
 from prunelib.errors import InputError, IntegrityError
 from prunelib.recovery import data as data_module
 from prunelib.recovery.data import StreamedWindows
-from prunelib.recovery.lora import parse_recipe, total_steps
+from prunelib.recovery.recipe import parse_recipe, total_steps
 
 STREAM = replace(RECIPE, tokens=280, schedule="cosine", warmup_steps=1)
 

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from prunelib.data.parameters import required
 from prunelib.provenance.step import StepRequest, run_step, state_directory
-from prunelib.recovery.lora import parse_recipe, recover
+from prunelib.recovery.lora import recover
 from prunelib.recovery.parallel import is_helper, run_helper, started
+from prunelib.recovery.recipe import parse_recipe
 
 logger = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from functools import cache
 from prunelib.experiment.graph import Node
 from prunelib.families import family_of
 from prunelib.methods import create
-from prunelib.recovery.lora import ROLES, LoraRecipe
+from prunelib.recovery.recipe import ROLES, LoraRecipe
 from prunelib.selection import Target, block_count
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}

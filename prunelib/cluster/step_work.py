@@ -25,7 +25,7 @@ from prunelib.cluster.work import (
     tokenised,
 )
 from prunelib.experiment.graph import Node
-from prunelib.recovery.lora import LoraRecipe, parse_recipe, total_steps
+from prunelib.recovery.recipe import LoraRecipe, parse_recipe, total_steps
 
 # Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
 # holds the copies equal.

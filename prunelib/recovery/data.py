@@ -24,11 +24,11 @@ from prunelib.data import instructions, stream
 from prunelib.data.calibration import packed_windows, tokenise
 from prunelib.data.text import read_articles
 from prunelib.errors import InputError
+from prunelib.recovery.recipe import LoraRecipe, batch_indices
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-    from prunelib.recovery.lora import LoraRecipe
 
 logger = logging.getLogger(__name__)
 
@@ -131,8 +131,6 @@ class Items(TrainingData):
 
     def pick(self, step: int, recipe: LoraRecipe, seed: int) -> torch.Tensor:
         """Return indices: every epoch is a permutation of its own."""
-        from prunelib.recovery.lora import batch_indices
-
         return batch_indices(step, len(self), recipe, seed)
 
     def record(self) -> dict[str, Any]:

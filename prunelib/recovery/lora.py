@@ -16,7 +16,6 @@ seed and the step.
 from __future__ import annotations
 
 import contextlib
-import fnmatch
 import hashlib
 import json
 import logging
@@ -26,199 +25,33 @@ import signal
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 from prunelib.errors import InputError, NonFiniteError, PrunelibError
-from prunelib.families.base import VIRTUAL
-from prunelib.recovery.adapters import TRAINED, shared_parameters
+from prunelib.recovery.adapters import TRAINED
 from prunelib.recovery.parallel import ALONE, Processes
+from prunelib.recovery.recipe import (
+    LoraRecipe,
+    learning_rate,
+    total_steps,
+)
 from prunelib.recovery.state import TrainingState, jsonl, load_state, save_state
+from prunelib.recovery.step import check_head, train_step, validation_loss
+from prunelib.recovery.trainable import own_parameters, with_adapters
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config
-    from prunelib.recovery.data import Batch, Items, TrainingData
+    from prunelib.recovery.data import Items, TrainingData
 
 logger = logging.getLogger(__name__)
 
-# What a recipe may name instead of a model family's own modules.
-ROLES = ("attention", "mlp")
-SCHEDULES = ("linear", "cosine")
 _LOG_SECONDS = 10.0
 # A state's name of a stream's tokens that are in no window yet.
 _WAITING = "stream.waiting"
-
-
-@dataclass(frozen=True)
-class LoraRecipe:
-    """Hyper-parameters of a LoRA recovery run; the defaults are LLM-Pruner's.
-
-    Fixed and not configurable: AdamW, no biases trained. Gradients are accumulated over the
-    ``batch / micro_batch`` passes of an optimiser step.
-
-    Attributes:
-        r: rank of the adapters.
-        alpha: the adapters' output is scaled by ``alpha / r``.
-        dropout: probability of dropping an input of an adapter.
-        targets: names of the linear layers that get an adapter, or their roles (``ROLES``); may be
-            empty where ``train`` is not.
-        train: patterns (``*.gain``) of the names of parameters that are trained themselves, in
-            fp32; the output layer's are refused.
-        lr: peak learning rate.
-        batch: windows (or examples) per optimiser step.
-        micro_batch: windows per forward and backward pass.
-        processes: data parallel processes, on GPUs one for each; ``batch`` is a multiple of
-            ``micro_batch`` times it, and stays the batch of all together. Another number adds the
-            gradients up in another order and draws other dropout masks.
-        epochs: passes over the windows, where neither ``max_steps`` nor ``tokens`` is given.
-        max_steps: optimiser steps.
-        tokens: token budget of windows of plain text: the run ends with the first step that reaches
-            it; at most one of ``max_steps`` and ``tokens`` is given.
-        warmup_steps: the rate rises linearly over these (step 0 has rate 0, as in the Trainer).
-        schedule: how the rate falls to 0 after the warm-up, linearly or along half a cosine.
-        betas: AdamW's decay rates of the first and second moment.
-        eps: AdamW's denominator term.
-        weight_decay: AdamW's decoupled weight decay.
-        clip_norm: the gradients' global L2 norm is clipped to it.
-        length: tokens per window; longer examples are cut off (LLM-Pruner's cutoff length).
-        save_every: optimiser steps between two saved states.
-        eval_every: optimiser steps between two looks at the validation part; the best adapter by
-            its loss is kept. None keeps the last adapter.
-        kept_lora: whether a model whose layers share weights gets LoRA adapters, too, on the
-            matrices that it has of its own. What is trained there in any case are the sharing
-            layers' adapters and gains.
-
-    Raises:
-        InputError: a value is out of its range.
-    """
-
-    r: int = 8
-    alpha: int = 16
-    dropout: float = 0.05
-    targets: tuple[str, ...] = ROLES
-    train: tuple[str, ...] = ()
-    lr: float = 1e-4
-    batch: int = 64
-    micro_batch: int = 4
-    processes: int = 1
-    epochs: int = 2
-    max_steps: int | None = None
-    tokens: int | None = None
-    warmup_steps: int = 100
-    schedule: str = "linear"
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
-    clip_norm: float = 1.0
-    length: int = 256
-    save_every: int = 50
-    eval_every: int | None = None
-    kept_lora: bool = False
-
-    def __post_init__(self) -> None:
-        for name in ("r", "alpha", "batch", "micro_batch", "processes", "epochs", "save_every"):
-            _check(name, getattr(self, name), int, lambda value: value >= 1, "an integer >= 1")
-        _check("length", self.length, int, lambda value: value >= 2, "an integer >= 2")
-        _check("warmup_steps", self.warmup_steps, int, lambda value: value >= 0, "an integer >= 0")
-        for name in ("max_steps", "tokens", "eval_every"):
-            if (steps := getattr(self, name)) is not None:
-                _check(name, steps, int, lambda value: value >= 1, "an integer >= 1 or null")
-        for name in ("lr", "eps", "clip_norm"):
-            _check(name, getattr(self, name), float, lambda value: value > 0, "a number > 0")
-        decay = self.weight_decay
-        _check("weight_decay", decay, float, lambda value: value >= 0, "a number >= 0")
-        _check("dropout", self.dropout, float, lambda value: 0 <= value < 1, "a number in [0, 1)")
-        if self.schedule not in SCHEDULES:
-            raise InputError(
-                f"recovery recipe: schedule is {self.schedule!r}; allowed: {', '.join(SCHEDULES)}"
-            )
-        if self.max_steps is not None and self.tokens is not None:
-            raise InputError(
-                f"recovery recipe: max_steps is {self.max_steps} and tokens is {self.tokens}; "
-                "allowed: one of them"
-            )
-        if not isinstance(self.betas, tuple) or len(self.betas) != 2:
-            raise InputError(f"recovery recipe: betas is {self.betas!r}; allowed: two numbers")
-        for beta in self.betas:
-            _check("betas", beta, float, lambda value: 0 <= value < 1, "numbers in [0, 1)")
-        if not (_are_names(self.targets) and (self.targets or self.train)):
-            raise InputError(
-                f"recovery recipe: targets is {self.targets!r}; "
-                f"allowed: different roles ({', '.join(ROLES)}) or names of linear layers"
-            )
-        if not _are_names(self.train):
-            raise InputError(
-                f"recovery recipe: train is {self.train!r}; allowed: different patterns of the "
-                "names of parameters"
-            )
-        if not isinstance(self.kept_lora, bool):
-            raise InputError(
-                f"recovery recipe: kept_lora is {self.kept_lora!r}; allowed: true, false"
-            )
-        if self.batch % (self.micro_batch * self.processes):
-            times = f" times processes {self.processes}" if self.processes > 1 else ""
-            raise InputError(
-                f"recovery recipe: batch {self.batch} is not a multiple of "
-                f"micro_batch {self.micro_batch}{times}"
-            )
-
-
-def _are_names(value: Any) -> bool:
-    """Whether this is a tuple of different texts."""
-    return (
-        isinstance(value, tuple)
-        and all(isinstance(name, str) and name for name in value)
-        and len(set(value)) == len(value)
-    )
-
-
-def _check(name: str, value: Any, kind: type, holds: Any, allowed: str) -> None:
-    kinds = (int, float) if kind is float else (int,)
-    whole = isinstance(value, kinds) and not isinstance(value, bool) and math.isfinite(value)
-    if not (whole and holds(value)):
-        raise InputError(f"recovery recipe: {name} is {value!r}; allowed: {allowed}")
-
-
-def parse_recipe(values: Mapping[str, Any]) -> LoraRecipe:
-    """Return the recipe that a catalogue entry or a request describes.
-
-    Raises:
-        InputError: a key is unknown or a value is out of its range.
-    """
-    known = {field.name for field in fields(LoraRecipe)}
-    unknown = sorted(set(values) - known)
-    if unknown:
-        raise InputError(
-            f"recovery recipe: unknown key {unknown[0]!r}; allowed: {', '.join(sorted(known))}"
-        )
-    given: dict[str, Any] = {
-        key: tuple(value) if isinstance(value, list) else value for key, value in values.items()
-    }
-    return LoraRecipe(**given)
-
-
-def linear_targets(recipe: LoraRecipe, config: Config) -> tuple[str, ...]:
-    """Return the names of the linear layers that get an adapter, roles resolved.
-
-    Args:
-        recipe: the recipe.
-        config: config.json of the model, pruned or not.
-    """
-    if not set(ROLES) & set(recipe.targets):
-        return recipe.targets
-    from prunelib.checkpoint import family_of_config, unpruned_config
-
-    # Every layer has the same modules, whatever their widths.
-    plain = unpruned_config(dict(config))
-    family = family_of_config(plain)
-    names: list[str] = []
-    for target in recipe.targets:
-        names += family.linears(plain, target) if target in ROLES else (target,)
-    return tuple(dict.fromkeys(names))
 
 
 @dataclass(frozen=True)
@@ -251,62 +84,6 @@ class RecoveryResult:
     tokens_per_second: float
     best_step: int | None = None
     best_validation_loss: float | None = None
-
-
-def steps_per_epoch(count: int, recipe: LoraRecipe) -> int:
-    """Return the optimiser steps that read ``count`` items once; the last may be smaller."""
-    return math.ceil(count / recipe.batch)
-
-
-def total_steps(count: int | None, recipe: LoraRecipe) -> int:
-    """Return the optimiser steps of a run over ``count`` items (windows, for a token budget).
-
-    Args:
-        count: None for a stream, which has no end that one could count on.
-        recipe: the recipe.
-
-    Raises:
-        InputError: the recipe counts the epochs of a stream.
-    """
-    if recipe.max_steps is not None:
-        return recipe.max_steps
-    if count is None:
-        if recipe.tokens is None:
-            raise InputError(
-                "recovery recipe: neither tokens nor max_steps is given, and a streamed text has "
-                "no epochs; allowed: one of the two"
-            )
-        return math.ceil(recipe.tokens / (recipe.batch * recipe.length))
-    if recipe.tokens is None:
-        return recipe.epochs * steps_per_epoch(count, recipe)
-    # The last step of an epoch is smaller.
-    epochs, rest = divmod(math.ceil(recipe.tokens / recipe.length), count)
-    return epochs * steps_per_epoch(count, recipe) + math.ceil(rest / recipe.batch)
-
-
-def learning_rate(step: int, steps: int, recipe: LoraRecipe) -> float:
-    """Return the rate of 0-based ``step`` out of ``steps``: linear warm-up, then down to 0."""
-    if step < recipe.warmup_steps:
-        return recipe.lr * step / recipe.warmup_steps
-    left, span = max(0, steps - step), max(1, steps - recipe.warmup_steps)
-    if recipe.schedule == "cosine":
-        return recipe.lr * (1 - math.cos(math.pi * left / span)) / 2
-    return recipe.lr * left / span
-
-
-def batch_indices(step: int, count: int, recipe: LoraRecipe, seed: int) -> torch.Tensor:
-    """Return the items of 0-based ``step``: int64 ``[at most batch]``.
-
-    Every epoch is a permutation of all items drawn from (seed, epoch), so that the position in
-    the data is a function of the step alone.
-    """
-    import torch
-
-    epoch, position = divmod(step, steps_per_epoch(count, recipe))
-    digest = hashlib.sha256(f"{seed}:{epoch}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    order = torch.randperm(count, generator=generator)
-    return order[position * recipe.batch : (position + 1) * recipe.batch]
 
 
 def recover(
@@ -399,14 +176,14 @@ def recover(
         _place(model, place, weights_dtype)
         identity = _identity(model, parts, recipe, seed, place, dtype)
         own = own_parameters(model, recipe)
-        adapted = _with_adapters(model, recipe)
+        adapted = with_adapters(model, recipe)
         for itself in own.values():
             itself.data = itself.data.float()
             itself.requires_grad_(True)
         if recipe.targets:
             fuse(adapted)
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        _check_head(model)
+        check_head(model)
         optimiser = torch.optim.AdamW(
             trainable.values(),
             lr=recipe.lr,
@@ -438,7 +215,7 @@ def recover(
             batches = list(data.batches(picked, recipe.micro_batch))
             for group in optimiser.param_groups:
                 group["lr"] = rate
-            loss = _step(
+            loss = train_step(
                 model, trainable, optimiser, batches, recipe, place, step + 1, kept, processes
             )
             before = losses[-1] if losses else {"tokens": 0, "positions": 0}
@@ -450,7 +227,7 @@ def recover(
                 "positions": before["positions"] + sum(batch.ids.numel() for batch in batches),
             }
             if validation is not None and _validates(step + 1, steps, recipe):
-                value = _validation_loss(model, validation, recipe, place, processes)
+                value = validation_loss(model, validation, recipe, place, processes)
                 if not math.isfinite(value):
                     raise NonFiniteError(
                         f"recovery: the validation loss is {value} at step {step + 1}; {kept}"
@@ -598,196 +375,6 @@ def _identity(
         "threads": torch.get_num_threads() if device.type == "cpu" else None,
         "torch": torch.__version__.split("+")[0],
     }
-
-
-def own_parameters(model: PreTrainedModel, recipe: LoraRecipe) -> dict[str, torch.nn.Parameter]:
-    """Return the parameters that are trained themselves, by their names in the plain model.
-
-    That is what ``recipe.train`` names, and adapters and gains of layers that share weights.
-
-    Raises:
-        InputError: a pattern matches none, or the output layer, whose loss takes it as frozen.
-    """
-    found = shared_parameters(model)
-    head = {id(parameter) for parameter in model.get_output_embeddings().parameters()}
-    named = dict(model.named_parameters())
-    for pattern in recipe.train:
-        names = fnmatch.filter(named, pattern)
-        if not names:
-            raise InputError(
-                f"recovery recipe: train {pattern!r} matches no parameter of this "
-                f"{model.config.model_type} model"
-            )
-        for name in names:
-            if id(named[name]) in head:
-                raise InputError(
-                    f"recovery recipe: train {pattern!r} matches {name} of the output layer; "
-                    "allowed: other parameters"
-                )
-            found[name] = named[name]
-    return found
-
-
-def _with_adapters(model: PreTrainedModel, recipe: LoraRecipe) -> Any:
-    """Return the peft model: base frozen, adapters in fp32 with B = 0, so that it is unchanged.
-
-    Without targets it is the model itself, frozen; also where layers share weights, whose own
-    adapters are trained, unless the recipe wants both.
-    """
-    import torch
-    from peft import LoraConfig, get_peft_model
-
-    from prunelib.checkpoint import family_of_config
-
-    if not recipe.targets or (shared_parameters(model) and not recipe.kept_lora):
-        return model.requires_grad_(False)
-    layers = family_of_config(model.config.to_dict()).layers(model)
-    linears = {
-        name.rpartition(".")[2]
-        for name, module in layers.named_modules()
-        if isinstance(module, torch.nn.Linear)
-    }
-    targets = linear_targets(recipe, model.config.to_dict())
-    missing = [target for target in targets if target not in linears]
-    if missing:
-        raise InputError(
-            f"recovery recipe: target {missing[0]!r} matches no linear layer of this "
-            f"{model.config.model_type} model; allowed: {', '.join(sorted(linears))}"
-        )
-    if VIRTUAL in model.config.to_dict():
-        # Some layers have modules of these names that are no linear layers.
-        targets = tuple(
-            name
-            for name, module in model.named_modules()
-            if isinstance(module, torch.nn.Linear) and name.rpartition(".")[2] in targets
-        )
-    config = LoraConfig(
-        r=recipe.r,
-        lora_alpha=recipe.alpha,
-        lora_dropout=recipe.dropout,
-        target_modules=list(targets),
-        bias="none",
-        task_type="CAUSAL_LM",
-    )
-    return get_peft_model(model, config)
-
-
-def _hidden_states(
-    model: PreTrainedModel, ids: torch.Tensor, mask: torch.Tensor | None = None
-) -> torch.Tensor:
-    """Return the decoder's last hidden states, ``[batch, length, hidden_size]``."""
-    place = cast("torch.Tensor", model.get_input_embeddings().weight).device
-    given = {} if mask is None else {"attention_mask": mask.to(place)}
-    hidden: torch.Tensor = model.base_model(input_ids=ids.to(place), use_cache=False, **given)[0]
-    return hidden
-
-
-def _autocast(model: PreTrainedModel, device: torch.device) -> Any:
-    """Keep fp32 adapters and bf16 base weights in one precision on a GPU."""
-    import torch
-
-    weights = cast("torch.Tensor", model.get_input_embeddings().weight)
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, enabled=weights.dtype == torch.bfloat16)
-
-
-def _check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its output layer (soft caps, scales)."""
-    import torch
-
-    inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
-    ids = torch.arange(min(8, len(inputs)), device=inputs.device)[None]
-    model.eval()
-    with torch.no_grad():
-        logits = model(input_ids=ids, use_cache=False).logits
-        head = model.get_output_embeddings()
-        ours = head(_hidden_states(model, ids).to(head.weight.device))
-    # A NaN is not this check's business: the first loss will name it.
-    if not torch.allclose(ours, logits.to(ours.device), rtol=1e-3, atol=1e-3, equal_nan=True):
-        raise InputError(
-            f"recovery: a {model.config.model_type} model changes its logits after the output "
-            "layer; this is not supported"
-        )
-
-
-def _step(
-    model: PreTrainedModel,
-    trainable: Mapping[str, torch.nn.Parameter],
-    optimiser: torch.optim.Optimizer,
-    batches: Sequence[Batch],
-    recipe: LoraRecipe,
-    device: torch.device,
-    number: int,
-    kept: str,
-    processes: Processes = ALONE,
-) -> float:
-    """Do one optimiser step over ``batches``; return its mean loss in nats per target.
-
-    Each process goes through its share of the batches; loss and gradients are those of all.
-    """
-    import torch
-
-    from prunelib.recovery.loss import frozen_head_loss
-
-    head = model.get_output_embeddings()
-    targets = sum(batch.targets for batch in batches)
-    total = 0.0
-    optimiser.zero_grad(set_to_none=True)
-    for batch in processes.share(batches):
-        with _autocast(model, device):
-            hidden, wanted = batch.predictions(_hidden_states(model, batch.ids, batch.mask))
-            loss = frozen_head_loss(hidden, head, wanted) / targets
-        total += float(loss.detach())
-        if not math.isfinite(total):
-            break
-        loss.backward()
-    # All processes come here, whatever their losses, and then agree on what to do.
-    (total,) = processes.total([total], device)
-    if not math.isfinite(total):
-        raise NonFiniteError(f"recovery: the loss is {total} at step {number}; {kept}")
-    if processes.count > 1:
-        for parameter in trainable.values():
-            if parameter.grad is None:
-                parameter.grad = torch.zeros_like(parameter)
-        processes.add(p.grad for p in trainable.values() if p.grad is not None)
-    norm = float(torch.nn.utils.clip_grad_norm_(trainable.values(), recipe.clip_norm))
-    if not math.isfinite(norm):
-        bad = next(
-            (n for n, p in trainable.items() if p.grad is not None and not p.grad.isfinite().all()),
-            "(the norm overflows)",
-        )
-        raise NonFiniteError(
-            f"recovery: the gradient of {bad} is not finite at step {number}; {kept}"
-        )
-    optimiser.step()
-    return total
-
-
-def _validation_loss(
-    model: PreTrainedModel,
-    data: Items,
-    recipe: LoraRecipe,
-    device: torch.device,
-    processes: Processes,
-) -> float:
-    """Return the mean negative log-likelihood of the validation part, in nats per target."""
-    import torch
-
-    from prunelib.recovery.loss import head_loss
-
-    head = model.get_output_embeddings()
-    total, targets = 0.0, 0
-    model.eval()
-    with torch.no_grad(), _autocast(model, device):
-        parts = torch.arange(len(data)).split(recipe.micro_batch)
-        for batch in (b for part in processes.share(parts) for b in data.batches(part, len(part))):
-            hidden, wanted = batch.predictions(_hidden_states(model, batch.ids, batch.mask))
-            total += head_loss(hidden, head, wanted)
-            targets += batch.targets
-    model.train()
-    total, count = processes.total([total, targets], device)
-    return total / count
 
 
 def _generators(
