@@ -86,19 +86,21 @@ def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
     from prunelib.statistics import activations, fms_direct, fms_gradients, zeroth_order
     from prunelib.statistics.estimator import Estimator
     from prunelib.statistics.fms import gate_slices
+    from prunelib.statistics.inputs import PassInputs
     from prunelib.statistics.layerwise import Layers
 
     options.model = options.model or newest_artefact("fetch_model")
     options.text = options.text or newest_artefact("fetch_text")
     catalogue = yaml.safe_load(CATALOGUE.read_text(encoding="utf-8"))
     model, config, windows = embedded(options.model, options.text, *options.windows)
-    family, batch = family_of(config), len(windows)
+    family = family_of(config)
     articles = read_articles(options.text, "evaluation")
     ids = evaluation_ids(articles, load_tokenizer(options.model))
     evaluated = cut_windows(ids, 128, options.evaluated)
     part = gate_slices(family, config, ["mlp_channel"])["mlp_channel"]
+    inputs = PassInputs(model, family, config, windows, len(windows))
     passes = {
-        module.__name__.rpartition(".")[2]: module.collect(model, family, config, windows, batch)
+        module.__name__.rpartition(".")[2]: module.collect(inputs)
         for module in (activations, fms_gradients, fms_direct)
     }
 
@@ -166,9 +168,7 @@ def figures(options: argparse.Namespace) -> list[dict[str, Any]]:
             settings = replace(settings, perturbations=counts[-1])
             layers = Layers(model, family)
             if settings not in estimates:
-                estimates[settings] = zeroth_order.estimate(
-                    layers, config, windows, batch, seed, settings
-                )
+                estimates[settings] = zeroth_order.estimate(layers, inputs, seed, settings)
             estimate = estimates[settings]
             whole = estimate.statistics["forward_passes"].item()
             for count in counts:

@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 from artefacts import newest_artefact
 
 from prunelib.errors import InputError
+from prunelib.statistics.inputs import PassInputs
 
 if TYPE_CHECKING:
     import torch
@@ -65,7 +66,7 @@ def gradient_worker(model: Path, text: Path, seed: int, repeats: int) -> dict[st
         with torch.inference_mode():
             network.base_model(input_ids=windows, use_cache=False)
         middle = time.perf_counter()
-        gradients.collect(network, family_of(config), config, windows, len(windows))
+        gradients.collect(PassInputs(network, family_of(config), config, windows, len(windows)))
         end = time.perf_counter()
         if repeat:  # the first round warms up
             forward.append(middle - begin)
@@ -147,7 +148,9 @@ def perplexities(model: Path, text: Path, seeds: int, windows: int) -> dict[str,
     for seed in range(seeds):
         run("random", "random", seed, {})
         batch = calibration(model, text, seed)
-        passes = {"gradients": gradients.collect(dense, family, config, batch, len(batch))}
+        passes = {
+            "gradients": gradients.collect(PassInputs(dense, family, config, batch, len(batch)))
+        }
         run("element1", "llm_pruner", seed, passes)
         run("element1, library's heads", "llm_pruner", seed, passes, attribution="library")
     return found

@@ -95,6 +95,7 @@ def passes(model: Any, config: Config) -> dict[str, Callable[[torch.Tensor], Any
 
     from prunelib.families import family_of
     from prunelib.statistics import fisher, gradients
+    from prunelib.statistics.inputs import PassInputs
 
     family = family_of(config)
 
@@ -134,8 +135,8 @@ def passes(model: Any, config: Config) -> dict[str, Callable[[torch.Tensor], Any
     return {
         "forward": forward,
         "backward": backward,
-        "first": lambda w: gradients.collect(model, family, config, w, len(w)),
-        "all": lambda w: fisher.collect(model, family, config, w, len(w)),
+        "first": lambda w: gradients.collect(PassInputs(model, family, config, w, len(w))),
+        "all": lambda w: fisher.collect(PassInputs(model, family, config, w, len(w))),
         "second": alone("second"),
         "mixed": alone("mixed"),
     }
@@ -214,6 +215,7 @@ def ratios(source: Path, model: Any, windows: torch.Tensor) -> tuple[float, floa
     from prunelib.methods.base import ScoringInputs
     from prunelib.selection import Target, select
     from prunelib.statistics import gradients
+    from prunelib.statistics.inputs import PassInputs
 
     config = read_config(source)
     family, method = family_of(config), create("llm_pruner", {})
@@ -225,7 +227,7 @@ def ratios(source: Path, model: Any, windows: torch.Tensor) -> tuple[float, floa
             prune_checkpoint(source, plan, Path(place))
 
     begin = time.perf_counter()
-    found = gradients.collect(model, family, config, windows, len(windows))
+    found = gradients.collect(PassInputs(model, family, config, windows, len(windows)))
     inputs = ScoringInputs(family, config, WeightReader(source), {"gradients": found}, 0)
     scores = method.scores(inputs)
     prune(0.2)

@@ -63,6 +63,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     from prunelib.checkpoint import load_model, read_config
     from prunelib.families import family_of
     from prunelib.statistics import fms_gradients, zeroth_order
+    from prunelib.statistics.inputs import PassInputs
 
     config = read_config(options.model)
     family = family_of(config)
@@ -90,7 +91,10 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     def estimate(windows: torch.Tensor, **more: Any) -> None:
         count = options.perturbations
         zeroth_order.collect(
-            model, family, config, windows, len(windows), seed=0, perturbations=count, **more
+            PassInputs(model, family, config, windows, len(windows)),
+            seed=0,
+            perturbations=count,
+            **more,
         )
 
     run: Callable[[torch.Tensor], Any] = {
@@ -99,7 +103,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         "streamed": estimate,
         "gates": lambda windows: estimate(windows, perturbation="gates"),
         "backward": backward,
-        "first": lambda w: fms_gradients.collect(model, family, config, w, len(w)),
+        "first": lambda w: fms_gradients.collect(PassInputs(model, family, config, w, len(w))),
     }[options.worker]
     run(windows[:2, :8])
     if options.worker != "streamed":
@@ -121,6 +125,7 @@ def growth(options: argparse.Namespace) -> int:
 
     from prunelib.families import family_of
     from prunelib.statistics import zeroth_order
+    from prunelib.statistics.inputs import PassInputs
 
     rows: list[dict[str, Any]] = []
     estimators: dict[str, dict[str, Any]] = {
@@ -141,9 +146,8 @@ def growth(options: argparse.Namespace) -> int:
 
     for length in (32, 128):
         model, config, windows = embedded(options.model, options.text, 10, length)
-        estimate = partial(
-            zeroth_order.collect, model, family_of(config), config, windows, len(windows), seed=0
-        )
+        inputs = PassInputs(model, family_of(config), config, windows, len(windows))
+        estimate = partial(zeroth_order.collect, inputs, seed=0)
         forward(model, windows)
         one = seconds(partial(forward, model, windows))
         for name, settings in estimators.items():

@@ -63,6 +63,7 @@ def drafts_of(options: argparse.Namespace, model: Any, config: Any, windows: Any
     from prunelib.speculation.draft import Draft, Skipped
     from prunelib.speculation.swift import Search, SwiftSettings
     from prunelib.statistics import greedy, influence
+    from prunelib.statistics.inputs import PassInputs
 
     family = family_of(config)
     found: dict[str, Draft | Search] = {}
@@ -72,16 +73,15 @@ def drafts_of(options: argparse.Namespace, model: Any, config: Any, windows: Any
         ("mlp", options.parts),
     ):
         values = influence.collect(
-            model, family, config, windows, len(windows), part=part, recompute=False, seed=0
+            PassInputs(model, family, config, windows, len(windows)),
+            part=part,
+            recompute=False,
+            seed=0,
         )["influence"]
         least = tuple(values.argsort()[:count].tolist())
         found[f"influence, {part}"] = Draft(model, Skipped(**{part: least}))
     order = greedy.collect(
-        model,
-        family,
-        config,
-        windows,
-        1,
+        PassInputs(model, family, config, windows, 1),
         part="block",
         most=options.blocks / len(family.layers(model)),
         keep_first=1,

@@ -48,6 +48,7 @@ from prunelib.statistics import (
     updates,
     without,
 )
+from prunelib.statistics.inputs import PassInputs
 from prunelib.statistics.layerwise import Layers
 from prunelib.surgery import zero_tensors
 from workflow_scripts import collect_statistics, prune, score
@@ -134,10 +135,10 @@ def test_losses_without_one_unit_are_those_of_the_model_without_it(name: str, pa
         ("qwen2-sliding", "attention"),
     ):
         with pytest.raises(InputError, match=f"remove {part}"):
-            removal.collect(model, family, config, WINDOWS, 4, **told)
+            removal.collect(PassInputs(model, family, config, WINDOWS, 4), **told)
         return
     before = weights_hash(model)
-    found = removal.collect(model, family, config, WINDOWS, 4, **told)
+    found = removal.collect(PassInputs(model, family, config, WINDOWS, 4), **told)
     assert weights_hash(model) == before
     assert found["loss"].item() == pytest.approx(plain_loss(model), rel=1e-6)
     if name != "qwen2-sliding":  # The plain model's layers would change their kind of attention.
@@ -151,14 +152,16 @@ def test_greedy_with_cached_prefixes_equals_naive(part: str, batch: int) -> None
     model, config = deep_model(8, seed=3)
     before = weights_hash(model)
     found = greedy.collect(
-        model, family_of(config), config, WINDOWS, batch,
+        PassInputs(model, family_of(config), config, WINDOWS, batch),
         part=part, most=0.5, keep_first=1, keep_last=1, seed=0,
     )  # fmt: skip
     assert weights_hash(model) == before
     order = found["order"].tolist()
     assert order == naive_greedy(model, part, range(1, 7), 4)
     # Not what one look at the whole model says.
-    once = removal.collect(model, family_of(config), config, WINDOWS, 6, part=part, seed=0)
+    once = removal.collect(
+        PassInputs(model, family_of(config), config, WINDOWS, 6), part=part, seed=0
+    )
     assert order != (1 + once["loss_without"][1:7].argsort())[:4].tolist() or part != "block"
     losses = [plain_loss(model, part, order[: i + 1]) for i in range(4)]
     assert found["loss_when_removed"].tolist() == pytest.approx(losses, rel=1e-6)
@@ -198,7 +201,7 @@ def test_greedy_prefers_the_first_of_equals() -> None:
             model.model.layers[index].self_attn.o_proj.weight.zero_()
     for batch in (1, 6):
         found = greedy.collect(
-            model, family_of(config), config, WINDOWS, batch,
+            PassInputs(model, family_of(config), config, WINDOWS, batch),
             part="block", most=1, keep_first=0, keep_last=0, seed=0,
         )  # fmt: skip
         order = found["order"].tolist()
@@ -211,7 +214,9 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.down_proj.weight[0, 0] = torch.nan
     with pytest.raises(NonFiniteError, match=r"without block \[0\] is nan"):
-        removal.collect(model, family_of(config), config, WINDOWS, 6, part="block", seed=0)
+        removal.collect(
+            PassInputs(model, family_of(config), config, WINDOWS, 6), part="block", seed=0
+        )
 
 
 def statistics_of(method: Any, model: Any, config: dict[str, Any]) -> dict[str, Any]:
@@ -224,7 +229,9 @@ def statistics_of(method: Any, model: Any, config: dict[str, Any]) -> dict[str, 
         if told:
             told["seed"] = 0
         collector = importlib.import_module(f"prunelib.statistics.{name}")
-        found[name] = collector.collect(model, family_of(config), config, WINDOWS, 6, **told)
+        found[name] = collector.collect(
+            PassInputs(model, family_of(config), config, WINDOWS, 6), **told
+        )
     return found
 
 
@@ -451,7 +458,7 @@ def test_values_of_coalitions_are_those_of_the_models() -> None:
         whole = model(WINDOWS).logits[:, :-1].double()
     for part, scheme in (("block", "subsets"), ("attention", "chains"), ("mlp", "leave_one_out")):
         found = coalitions.collect(
-            model, family_of(config), config, WINDOWS, 4,
+            PassInputs(model, family_of(config), config, WINDOWS, 4),
             part=part, scheme=scheme, draws=5, kept=0.5, seed=1,
         )  # fmt: skip
         for row, loss, distance in zip(
@@ -526,7 +533,7 @@ def test_updates_by_hand(name: str) -> None:
     model = tiny_model(name)
     config = model.config.to_dict()
     family = family_of(config)
-    found = updates.collect(model, family, config, WINDOWS, 4)
+    found = updates.collect(PassInputs(model, family, config, WINDOWS, 4))
     states: list[torch.Tensor] = []
 
     def record(module: Any, args: Any, kwargs: Any, output: Any) -> None:
@@ -746,7 +753,7 @@ def test_collapse_equals_the_plain_algorithm() -> None:
             else:
                 place -= 1
         found = laco.collect(
-            model, family_of(config), config, WINDOWS, 4, layers_per_merge=count,
+            PassInputs(model, family_of(config), config, WINDOWS, 4), layers_per_merge=count,
             interval=interval, lowest=1, highest=None, threshold=threshold,
             sentences=6, seed=0,
         )  # fmt: skip
@@ -816,7 +823,7 @@ def test_emulation_reduces_the_error_that_it_is_fitted_on(name: str) -> None:
     x, y = states
     update = y - x
     found = {rank: emulation.collect(
-        model, family, config, WINDOWS, 4, rank=rank, seed=0
+        PassInputs(model, family, config, WINDOWS, 4), rank=rank, seed=0
     ) for rank in (0, 2, 8, 48)}  # fmt: skip
     assert torch.allclose(found[0]["mean"][1].double(), update.mean(0), atol=1e-5)
     errors = [update.square().sum(1).mean().item()]
@@ -866,7 +873,7 @@ def test_emulated_blocks_compute_their_map(
         assert plan.removed_ratio < plan.gross_removed_ratio
         assert Plan.from_dict(json.loads(json.dumps(plan.to_dict()))) == plan
         found = emulation.collect(
-            tiny_model("bloom"), family_of(config), config, WINDOWS, 4, rank=3, seed=0
+            PassInputs(tiny_model("bloom"), family_of(config), config, WINDOWS, 4), rank=3, seed=0
         )
         layer = checkpoint.load_model(out).transformer.h[gone]
         state = torch.randn(2, 3, 48, generator=torch.Generator().manual_seed(2))

@@ -58,6 +58,7 @@ from prunelib.selection import (
 )
 from prunelib.sharing import publish
 from prunelib.statistics import activations, influence
+from prunelib.statistics.inputs import PassInputs
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters
 
 Checkpoints = Callable[[str], Path]
@@ -407,7 +408,9 @@ def test_distances_of_all_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
 
 def influence_of(model: Any, part: str = "block", *, recompute: bool = False) -> Any:
     family, config = family_of(model.config.to_dict()), model.config.to_dict()
-    return influence.collect(model, family, config, IDS, 2, part=part, recompute=recompute, seed=0)
+    return influence.collect(
+        PassInputs(model, family, config, IDS, 2), part=part, recompute=recompute, seed=0
+    )
 
 
 @pytest.mark.parametrize("name", ["llama", "opt", "bloom", "glm", "opt-post-norm"])
@@ -415,7 +418,9 @@ def test_influence_of_blocks_is_that_of_the_shared_pass(name: str) -> None:
     model = tiny_model(name)
     config = model.config.to_dict()
     found = influence_of(model)["influence"]
-    expected = activations.collect(model, family_of(config), config, IDS, 2)["block_influence"]
+    expected = activations.collect(PassInputs(model, family_of(config), config, IDS, 2))[
+        "block_influence"
+    ]
     assert found == pytest.approx(expected, abs=1e-7)
 
 
@@ -438,7 +443,9 @@ def test_greedy_removal_is_what_removing_one_by_one_gives() -> None:
         small = without_blocks(model, gone)
         left = [i for i in range(4) if i not in gone]
         config = small.config.to_dict()
-        values = activations.collect(small, family_of(config), config, IDS, 2)["block_influence"]
+        values = activations.collect(PassInputs(small, family_of(config), config, IDS, 2))[
+            "block_influence"
+        ]
         at = int(values.argmin())
         assert found["influence_when_removed"][removed].item() == pytest.approx(values[at].item())
         gone.append(left[at])

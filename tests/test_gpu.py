@@ -22,6 +22,7 @@ from prunelib.statistics import (
     gradients,
     zeroth_order,
 )
+from prunelib.statistics.inputs import PassInputs
 
 pytestmark = pytest.mark.gpu
 WINDOWS = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(3))
@@ -37,8 +38,10 @@ def gpu() -> None:
 def test_statistics_agree(name: str) -> None:
     config = tiny_config(name)
     for module in (activations, gradients, fisher, fms_gradients, fms_direct):
-        here = module.collect(tiny_model(name), family_of(config), config, WINDOWS, 6)
-        there = module.collect(tiny_model(name).cuda(), family_of(config), config, WINDOWS, 6)
+        here = module.collect(PassInputs(tiny_model(name), family_of(config), config, WINDOWS, 6))
+        there = module.collect(
+            PassInputs(tiny_model(name).cuda(), family_of(config), config, WINDOWS, 6)
+        )
         for key, value in here.items():
             scale = value.abs().max().item() + 1e-6
             assert (there[key] - value).abs().max().item() < 1e-3 * scale, key
@@ -50,7 +53,7 @@ def test_gates_are_moved_alike(name: str) -> None:
     config = tiny_config(name)
     family, options = family_of(config), {"seed": 0, "perturbation": "gates", "epsilon": 0.01}
     here, there = (
-        zeroth_order.collect(model, family, config, WINDOWS, 6, **options)
+        zeroth_order.collect(PassInputs(model, family, config, WINDOWS, 6), **options)
         for model in (tiny_model(name), tiny_model(name).cuda())
     )
     for key in ("coefficients", "1.mlp_channel.gate", "2.kv_group.norm"):
@@ -69,7 +72,7 @@ def test_streamed_layers_give_the_same_bits(
     model = load_model(directory, device="cuda:0", dtype=dtype)
     before = {key: value.clone() for key, value in model.state_dict().items()}
     here, there = (
-        zeroth_order.collect(source, family_of(config), config, WINDOWS, 6, **options)
+        zeroth_order.collect(PassInputs(source, family_of(config), config, WINDOWS, 6), **options)
         for source in (
             model,
             zeroth_order.StreamedLayers(directory, device="cuda:0", dtype=dtype),

@@ -28,6 +28,7 @@ from prunelib.provenance import artefact
 from prunelib.provenance.step import StepRequest
 from prunelib.selection import Rule, Target, select
 from prunelib.statistics import activations, gradients
+from prunelib.statistics.inputs import PassInputs
 from workflow_scripts import collect_statistics, prune, score
 
 WIDTH = Rule(("kv_group", "mlp_channel"))
@@ -41,12 +42,12 @@ def test_the_masked_model_gives_the_statistics_of_the_smaller_one(name: str) -> 
     family = family_of(config)
     plan = random_plan(config, WIDTH.kinds, shape="per layer", seed=7)
     checkpoint.mask_model(model, config, plan)
-    found = gradients.collect(model, family, config, WINDOWS, 2)
-    felt = activations.collect(model, family, config, WINDOWS, 2)
+    found = gradients.collect(PassInputs(model, family, config, WINDOWS, 2))
+    felt = activations.collect(PassInputs(model, family, config, WINDOWS, 2))
     small = pruned(name, config, plan)
     layers = family.layers(small)
     small(WINDOWS, labels=WINDOWS).loss.backward()
-    alone = activations.collect(small, family, config, WINDOWS, 2)
+    alone = activations.collect(PassInputs(small, family, config, WINDOWS, 2))
     for index in range(len(layers)):
         keep = family.kept_positions(config, plan.kept[index] or {})
         for parameter, weight in layers[index].named_parameters():
@@ -122,7 +123,7 @@ def by_rebuilding(name: str, source: Path, out: Path, ratios: tuple[float, ...])
         config, model = checkpoint.read_config(source), checkpoint.load_model(source)
         assert "auto_map" not in config
         family = family_of(config)
-        passes = {"gradients": gradients.collect(model, family, config, WINDOWS, 5)}
+        passes = {"gradients": gradients.collect(PassInputs(model, family, config, WINDOWS, 5))}
         scores = create("llm_pruner", {}).scores(
             ScoringInputs(family, config, lambda key: pytest.fail(key), passes, 0)
         )

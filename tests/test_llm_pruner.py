@@ -20,6 +20,7 @@ from prunelib.families.base import UnitKind, UnitSlice
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.statistics import WITHIN, fisher, gradients
+from prunelib.statistics.inputs import PassInputs
 
 WINDOWS = torch.randint(0, 97, (5, 16), generator=torch.Generator().manual_seed(5))
 CRITERIA = ("vector", "element1", "element2", "mixed")
@@ -172,7 +173,9 @@ def test_library_attribution_by_hand() -> None:
 
 def test_library_attribution_changes_kv_groups_alone() -> None:
     config, model = tiny_config("llama"), tiny_model("llama")
-    passes = {"gradients": gradients.collect(model, family_of(config), config, WINDOWS, 5)}
+    passes = {
+        "gradients": gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 5))
+    }
     inputs = ScoringInputs(family_of(config), config, lambda name: pytest.fail(name), passes, 0)
     right = create("llm_pruner", {}).scores(inputs)
     library = create("llm_pruner", {"attribution": "library"}).scores(inputs)
@@ -217,7 +220,7 @@ def test_only_the_owners_attribution_satisfies_the_value_output_identity(name: s
             assert balance(layer, kind, False) > 1e-3
 
     # The fp32 statistics are those sums, biases included.
-    found = gradients.collect(tiny_model(name), family, config, WINDOWS, 5)
+    found = gradients.collect(PassInputs(tiny_model(name), family, config, WINDOWS, 5))
     for layer in range(4):
         for part in kind.slices:
             axis = "columns" if part.axis else "rows"
@@ -273,7 +276,7 @@ def test_fisher_equals_a_loop_over_samples(
     monkeypatch.setattr(gradients, "kept_bytes", lambda model: kept_bytes)
     config, model = tiny_config(name), tiny_model(name)
     before = {key: value.clone() for key, value in model.state_dict().items()}
-    found = fisher.collect(model, family_of(config), config, WINDOWS, 3)
+    found = fisher.collect(PassInputs(model, family_of(config), config, WINDOWS, 3))
     assert all(torch.equal(value, before[key]) for key, value in model.state_dict().items())
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     first, second, loss = per_sample_autograd(model.double(), WINDOWS)
@@ -306,7 +309,7 @@ def test_a_pass_holds_what_those_within_it_do(less: str, more: str) -> None:
     config, model = tiny_config("llama-tied"), tiny_model("llama-tied")
     arguments: Any = (model, family_of(config), config, WINDOWS, 5)
     part, whole = (
-        importlib.import_module(f"prunelib.statistics.{name}").collect(*arguments)
+        importlib.import_module(f"prunelib.statistics.{name}").collect(PassInputs(*arguments))
         for name in (less, more)
     )
     assert part
@@ -328,7 +331,7 @@ def test_a_linear_map_that_is_called_twice_is_refused(monkeypatch: pytest.Monkey
         mlp, "forward", lambda x: twice(mlp.act_fn(mlp.gate_proj(x)) * mlp.up_proj(x))
     )
     with pytest.raises(InputError, match=r"Linear\(.*\) more than once; allowed"):
-        gradients.collect(model, family_of(config), config, WINDOWS, 5)
+        gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 5))
 
 
 def test_the_sum_over_batches_is_in_fp32() -> None:
@@ -351,8 +354,8 @@ def test_the_sum_over_batches_is_in_fp32() -> None:
 @pytest.mark.parametrize("batch", [1, 2, 4])
 def test_first_order_does_not_depend_on_the_batch(batch: int) -> None:
     config, model = tiny_config("qwen2"), tiny_model("qwen2")
-    whole = gradients.collect(model, family_of(config), config, WINDOWS, 5)
-    split = gradients.collect(model, family_of(config), config, WINDOWS, batch)
+    whole = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 5))
+    split = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, batch))
     assert whole.keys() == split.keys()
     for name, value in whole.items():
         scale = whole[name.replace(".sum.", ".abs.")].abs().max().item()
@@ -371,7 +374,7 @@ def hash_of(model: Any) -> str:
 def test_weights_are_bit_identical_after_scoring(module: Any, dtype: torch.dtype) -> None:
     config, model = tiny_config("qwen3"), tiny_model("qwen3").to(dtype)
     before = hash_of(model)
-    found = module.collect(model, family_of(config), config, WINDOWS, 2)
+    found = module.collect(PassInputs(model, family_of(config), config, WINDOWS, 2))
     assert hash_of(model) == before
     assert {value.dtype for key, value in found.items() if key != "loss"} == {torch.float32}
 
@@ -386,12 +389,12 @@ def test_a_non_finite_loss_or_gradient_names_the_layer(
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = float("nan")
     with pytest.raises(NonFiniteError, match=rf"{name}: .* nan; layer 2 is the first"):
-        module.collect(model, *arguments)
+        module.collect(PassInputs(model, *arguments))
     model = tiny_model("llama")
     with torch.no_grad():
         model.model.norm.weight[0] = float("inf")
     with pytest.raises(NonFiniteError, match=rf"{name}: .*; all layers' outputs are finite"):
-        module.collect(model, *arguments)
+        module.collect(PassInputs(model, *arguments))
 
     # A finite loss whose gradient is not: the square root of zero.
     model = tiny_model("llama")
@@ -400,7 +403,7 @@ def test_a_non_finite_loss_or_gradient_names_the_layer(
         down, "forward", lambda x: torch.nn.functional.linear(x, (down.weight * 0).abs().sqrt())
     )
     with pytest.raises(NonFiniteError, match=rf"{name}: layer 1, mlp.down_proj.weight is not"):
-        module.collect(model, *arguments)
+        module.collect(PassInputs(model, *arguments))
 
 
 # ----------------------------------------------------------------- options and passes

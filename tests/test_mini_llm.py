@@ -25,6 +25,7 @@ from prunelib.selection import Rule, Target, select
 from prunelib.statistics import activations, fms_direct, fms_gradients, perturbation, zeroth_order
 from prunelib.statistics.estimator import Estimator
 from prunelib.statistics.fms import fms_sums, unit_parameters
+from prunelib.statistics.inputs import PassInputs
 from prunelib.statistics.layerwise import Layers, StreamedLayers
 from prunelib.statistics.perturbation import LowRank, Weights
 
@@ -43,7 +44,9 @@ def estimate(name: str, **options: Any) -> dict[str, torch.Tensor]:
     config, model = tiny_config(name), options.pop("model", None) or tiny_model(name)
     batch = options.pop("batch_windows", 5)
     settings = {"perturbations": 3, "seed": 0} | options
-    return zeroth_order.collect(model, family_of(config), config, WINDOWS, batch, **settings)
+    return zeroth_order.collect(
+        PassInputs(model, family_of(config), config, WINDOWS, batch), **settings
+    )
 
 
 # --------------------------------------------------------------------------- by hand
@@ -114,7 +117,7 @@ def test_true_sensitivity_equals_plain_autograd(name: str) -> None:
     family = family_of(config)
     layers = family.layers(model)
     before = weights_hash(model)
-    found = fms_gradients.collect(model, family, config, WINDOWS, 2)
+    found = fms_gradients.collect(PassInputs(model, family, config, WINDOWS, 2))
     assert weights_hash(model) == before
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -183,8 +186,8 @@ def test_a_gate_s_derivative_is_that_of_a_factor_on_its_unit(name: str) -> None:
     """By autograd through the factors themselves, on every unit of a layer at once."""
     config, model = tiny_config(name), tiny_model(name)
     family = family_of(config)
-    found = fms_gradients.collect(model, family, config, WINDOWS, 5)
-    norms = activations.collect(model, family, config, WINDOWS, 5)
+    found = fms_gradients.collect(PassInputs(model, family, config, WINDOWS, 5))
+    norms = activations.collect(PassInputs(model, family, config, WINDOWS, 5))
     for kind in ("kv_group", "mlp_channel"):
         unit = family.kind(config, kind)
         (part,) = (part for part in unit.slices if part.axis == 1)
@@ -218,8 +221,8 @@ def test_residual_gradients_are_true_where_nothing_follows(name: str) -> None:
     }
 
     def differences() -> dict[tuple[int, str], float]:
-        true = fms_gradients.collect(model, family, config, WINDOWS, 5)
-        found = fms_direct.collect(model, family, config, WINDOWS, 2)
+        true = fms_gradients.collect(PassInputs(model, family, config, WINDOWS, 5))
+        found = fms_direct.collect(PassInputs(model, family, config, WINDOWS, 2))
         assert found["loss"].item() == pytest.approx(true["loss"].item(), rel=1e-6)
         worst = {}
         for layer in range(4):
@@ -251,10 +254,10 @@ def test_residual_gradients_score_output_columns_alone(
     family = family_of(config)
     model = load_model(directory)
     before = weights_hash(model)
-    found = fms_direct.collect(model, family, config, WINDOWS, 5)
+    found = fms_direct.collect(PassInputs(model, family, config, WINDOWS, 5))
     assert weights_hash(model) == before
     assert all(p.requires_grad for p in model.parameters())
-    streamed = fms_direct.collect(StreamedLayers(directory), family, config, WINDOWS, 5)
+    streamed = fms_direct.collect(PassInputs(StreamedLayers(directory), family, config, WINDOWS, 5))
     assert all(torch.equal(streamed[key], value) for key, value in found.items())
     scores = create("mini_llm_direct", {}).scores(
         ScoringInputs(family, config, torch.zeros, {"fms_direct": found}, 0)
@@ -470,7 +473,7 @@ def test_coefficients_are_derivatives_along_the_directions(name: str, scope: str
 
 def test_gates_approach_their_true_derivatives() -> None:
     config, model = tiny_config("llama"), tiny_model("llama")
-    true = fms_gradients.collect(model, family_of(config), config, WINDOWS, 5)
+    true = fms_gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 5))
     errors = []
     for count in (100, 400):
         found = estimate("llama", perturbation="gates", perturbations=count)
@@ -662,14 +665,14 @@ def test_non_finite_passes_say_where() -> None:
         estimate("llama", model=model)
     config = tiny_config("llama")
     with pytest.raises(NonFiniteError, match=r"fms_gradients: input of layer 2\.mlp\.down_proj"):
-        fms_gradients.collect(model, family_of(config), config, WINDOWS, 5)
+        fms_gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 5))
 
 
 def test_noisy_wanda_reads_a_checkpoint(tiny_checkpoint: Callable[[str], Path]) -> None:
     directory = tiny_checkpoint("llama")
     config = read_config(directory)
     family = family_of(config)
-    felt = activations.collect(load_model(directory), family, config, WINDOWS, 5)
+    felt = activations.collect(PassInputs(load_model(directory), family, config, WINDOWS, 5))
     given = ScoringInputs(family, config, WeightReader(directory), {"activations": felt}, 3)
     for scores in create("wanda_noise", {}).scores(given).values():
         assert all((array > 0).all() for array in scores)

@@ -24,6 +24,7 @@ from prunelib.methods.base import ScoringInputs
 from prunelib.selection import Target, select
 from prunelib.statistics import activations, fisher, gradients
 from prunelib.statistics.greedy import greedy_order
+from prunelib.statistics.inputs import PassInputs
 from prunelib.statistics.layerwise import Layers
 from prunelib.statistics.without import loss_without
 from prunelib.surgery import zero_tensors
@@ -60,8 +61,8 @@ def scored(fetched: tuple[Path, Path]) -> dict[str, dict[str, torch.Tensor]]:
     network = checkpoint.load_model(model)
     arguments: Any = (network, family_of(config), config, windows, 2)
     return {
-        "activations": activations.collect(*arguments),
-        "gradients": gradients.collect(*arguments),
+        "activations": activations.collect(PassInputs(*arguments)),
+        "gradients": gradients.collect(PassInputs(*arguments)),
     }
 
 
@@ -137,7 +138,7 @@ def test_half_precision_ranks_as_full_precision(criterion: str, fetched: tuple[P
     def ranks(network: Any) -> list[Any]:
         module = {"gradients": gradients, "fisher": fisher}[method.statistics[0]]
         # Batches of two, so that gradients are summed.
-        found = module.collect(network, family_of(config), config, windows, 2)
+        found = module.collect(PassInputs(network, family_of(config), config, windows, 2))
         passes = {method.statistics[0]: found}
         scores = method.scores(ScoringInputs(family_of(config), config, reader, passes, 0))
         return [np.argsort(np.argsort(layer)) for layer in scores["mlp_channel"]]

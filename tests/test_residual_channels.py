@@ -34,6 +34,7 @@ from prunelib.methods.base import ScoringInputs
 from prunelib.plan import Plan
 from prunelib.selection import Rule, Target, check_reachable, select
 from prunelib.statistics import fisher, fisher_whole, gradients, gradients_whole
+from prunelib.statistics.inputs import PassInputs
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters
 
 CHANNEL = Rule((RESIDUAL,))
@@ -330,7 +331,7 @@ def test_scores_equal_plain_autograd_over_the_whole_model(name: str, criterion: 
     module = {"gradients_whole": gradients_whole, "fisher_whole": fisher_whole}
     (statistic,) = method.statistics
     before = hash_of(model)
-    found = module[statistic].collect(model, family, config, WINDOWS, 2)
+    found = module[statistic].collect(PassInputs(model, family, config, WINDOWS, 2))
     assert hash_of(model) == before
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
     inputs = ScoringInputs(family, config, lambda key: pytest.fail(key), {statistic: found}, 0)
@@ -342,7 +343,10 @@ def test_scores_equal_plain_autograd_over_the_whole_model(name: str, criterion: 
 def test_statistics_of_layers_are_those_of_the_pass_over_layers(name: str) -> None:
     config, model = tiny_config(name), tiny_model(name)
     for plain, whole in ((gradients, gradients_whole), (fisher, fisher_whole)):
-        a, b = (m.collect(model, family_of(config), config, WINDOWS, 2) for m in (plain, whole))
+        a, b = (
+            m.collect(PassInputs(model, family_of(config), config, WINDOWS, 2))
+            for m in (plain, whole)
+        )
         assert all(torch.equal(value, b[key]) for key, value in a.items())
         outside = {key.rsplit(".", 2)[0] for key in b.keys() - a.keys()}
         assert outside == set(family_of(config).outer_shapes(config))
@@ -354,7 +358,7 @@ def test_the_embedding_s_gradient_is_that_of_both_its_uses(name: str) -> None:
     model = tiny_model(name)
     config = tiny_config(name)
     windows = WINDOWS % 50
-    found = gradients_whole.collect(model, family_of(config), config, windows, 5)
+    found = gradients_whole.collect(PassInputs(model, family_of(config), config, windows, 5))
     rows = found["model.embed_tokens.weight.abs.rows"]
     assert (rows[60:] > 0).all() == (name == "llama-tied")
     assert (rows[windows.unique()] > 0).all()
@@ -367,7 +371,7 @@ def test_a_parameter_without_finite_gradient_is_named(monkeypatch: pytest.Monkey
         embedding, "forward", lambda ids: (embedding.weight * 0).abs().sqrt()[ids] + 0.1
     )
     with pytest.raises(NonFiniteError, match=r"gradients_whole: model\.embed_tokens\.weight is"):
-        gradients_whole.collect(model, family_of(config), config, WINDOWS, 5)
+        gradients_whole.collect(PassInputs(model, family_of(config), config, WINDOWS, 5))
 
 
 def test_magnitude_by_hand() -> None:

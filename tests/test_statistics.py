@@ -18,6 +18,7 @@ from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.statistics import activations, gradients
+from prunelib.statistics.inputs import PassInputs
 
 WINDOWS = torch.randint(0, 97, (6, 16), generator=torch.Generator().manual_seed(3))
 
@@ -49,7 +50,7 @@ def test_gradients_equal_plain_autograd(
     config, model = tiny_config(name), tiny_model(name)
     layers = family_of(config).layers(model)
     before = weights_hash(model)
-    found = gradients.collect(model, family_of(config), config, WINDOWS, batch)
+    found = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, batch))
     assert weights_hash(model) == before
     assert all(p.requires_grad and p.grad is None for p in model.parameters())
 
@@ -77,8 +78,8 @@ def test_every_unit_gets_a_finite_sum_from_both_passes(name: str) -> None:
     config, model = tiny_config(name), tiny_model(name)
     family = family_of(config)
     found = {
-        "gradients": gradients.collect(model, family, config, WINDOWS, 6),
-        "activations": activations.collect(model, family, config, WINDOWS, 6),
+        "gradients": gradients.collect(PassInputs(model, family, config, WINDOWS, 6)),
+        "activations": activations.collect(PassInputs(model, family, config, WINDOWS, 6)),
     }
     state = model.state_dict()
 
@@ -116,7 +117,7 @@ def _sums(found: dict[str, torch.Tensor], layer: int, module: str, axis: str) ->
 def test_a_relu_channel_s_rows_and_columns_agree(name: str) -> None:
     """Scaling a head's v rows or a channel's fc1 row up and its output columns down is nothing."""
     config, model = tiny_config(name), tiny_model(name)
-    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    found = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))
     kinds = family_of(config).units(config)
     for kind, inner, outer in (
         (kinds["kv_group"], "self_attn.v_proj", "self_attn.out_proj"),
@@ -144,7 +145,7 @@ def test_value_rows_and_output_columns_agree_per_kv_group(name: str) -> None:
     its query heads, and no other assignment of query heads to kv heads satisfies it.
     """
     config, model = tiny_config(name), tiny_model(name)
-    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    found = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))
     groups, heads, width = config["num_key_value_heads"], config["num_attention_heads"], 8
     for layer in range(4):
         rows = found[f"{layer}.self_attn.v_proj.weight.sum.rows"]
@@ -163,7 +164,7 @@ def test_value_rows_and_output_columns_agree_per_kv_group(name: str) -> None:
 
 def test_activations_equal_plain_hooks() -> None:
     config, model = tiny_config("llama"), tiny_model("llama")
-    found = activations.collect(model, family_of(config), config, WINDOWS, 4)
+    found = activations.collect(PassInputs(model, family_of(config), config, WINDOWS, 4))
     captured = {}
     down = model.model.layers[2].mlp.down_proj
     handle = down.register_forward_pre_hook(lambda m, args: captured.update(x=args[0]))
@@ -186,7 +187,9 @@ def test_an_identity_block_has_no_influence() -> None:
     with torch.no_grad():
         model.model.layers[1].self_attn.o_proj.weight.zero_()
         model.model.layers[1].mlp.down_proj.weight.zero_()
-    found = activations.collect(model, family_of(config), config, WINDOWS, 6)["block_influence"]
+    found = activations.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))[
+        "block_influence"
+    ]
     assert abs(found[1].item()) < 1e-6
     assert found.argmin().item() == 1
 
@@ -196,15 +199,15 @@ def test_a_non_finite_pass_names_the_layer() -> None:
     with torch.no_grad():
         model.model.layers[2].mlp.up_proj.weight[0, 0] = float("inf")
     with pytest.raises(NonFiniteError, match=r"2\.mlp\.down_proj"):
-        activations.collect(model, family_of(config), config, WINDOWS, 6)
+        activations.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))
     with pytest.raises(NonFiniteError, match="loss is nan"):
-        gradients.collect(model, family_of(config), config, WINDOWS, 6)
+        gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))
 
 
 def test_a_fused_channel_s_up_row_and_down_column_agree() -> None:
     """Row i of the second half is the up row of channel i: scaling it scales the down column."""
     config, model = tiny_config("glm"), tiny_model("glm")
-    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    found = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))
     kind = family_of(config).kind(config, "mlp_channel")
     owners = {part.parameter: part.owner for part in kind.slices}
     for layer in range(4):
@@ -220,7 +223,7 @@ def test_a_fused_channel_s_up_row_and_down_column_agree() -> None:
 def test_a_fused_head_s_value_rows_and_output_columns_agree() -> None:
     """The values of head h are the last third of its rows; no other layout satisfies this."""
     config, model = tiny_config("bloom"), tiny_model("bloom")
-    found = gradients.collect(model, family_of(config), config, WINDOWS, 6)
+    found = gradients.collect(PassInputs(model, family_of(config), config, WINDOWS, 6))
     kind = family_of(config).kind(config, "kv_group")
     owners = {part.parameter: part.owner for part in kind.slices}
     for layer in range(4):

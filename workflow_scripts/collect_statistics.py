@@ -13,6 +13,7 @@ from pathlib import Path
 
 from prunelib.data.parameters import required
 from prunelib.provenance.step import StepRequest, run_step
+from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
@@ -47,11 +48,13 @@ def main(request: StepRequest, out: Path) -> None:
     if "seed" in params:
         options["seed"] = params["seed"]
     statistics = collector.collect(
-        model,
-        family_of(config),
-        config,
-        windows,
-        required(params, "batch_windows", int, request.step),
+        PassInputs(
+            model,
+            family_of(config),
+            config,
+            windows,
+            required(params, "batch_windows", int, request.step),
+        ),
         **options,
     )
     save_file(

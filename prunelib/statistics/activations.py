@@ -21,9 +21,8 @@ from prunelib.statistics.batches import batches, progress
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
@@ -44,26 +43,16 @@ def block_cosines(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     ).sum(dtype=torch.float64)
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Run the model's body over ``windows`` and return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode; its weights are not changed.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: an activation is NaN or infinite; names the layer.
     """
-    layers = family.layers(model)
+    layers = inputs.family.layers(inputs.model)
     sums: dict[str, torch.Tensor] = {}
     cosines = torch.zeros(len(layers), dtype=torch.float64)
     hooks = []
@@ -85,14 +74,14 @@ def collect(
 
     for index, layer in enumerate(layers):
         hooks.append(layer.register_forward_hook(watch_block(index), with_kwargs=True))
-        for name in family.activation_inputs():
+        for name in inputs.family.activation_inputs():
             module = layer.get_submodule(name)
             hooks.append(module.register_forward_pre_hook(watch_input(f"{index}.{name}")))
     try:
-        parts = list(batches(windows, batch_windows))
+        parts = list(batches(inputs.windows, inputs.batch_windows))
         with torch.inference_mode():
             for part in progress(parts, len(parts), "batches", logger):
-                model.base_model(input_ids=part.to(model.device), use_cache=False)
+                inputs.model.base_model(input_ids=part.to(inputs.model.device), use_cache=False)
     finally:
         for hook in hooks:
             hook.remove()
@@ -100,6 +89,6 @@ def collect(
         if not value.isfinite().all():
             raise NonFiniteError(f"activations: input of layer {name} is not finite")
     statistics = {f"{name}.sum_squares": value for name, value in sums.items()}
-    statistics["block_influence"] = 1 - cosines / windows.numel()
-    statistics["tokens"] = torch.tensor(windows.numel())
+    statistics["block_influence"] = 1 - cosines / inputs.windows.numel()
+    statistics["tokens"] = torch.tensor(inputs.windows.numel())
     return statistics

@@ -36,9 +36,7 @@ from prunelib.statistics.layerwise import Layers, Stream
 from prunelib.statistics.without import advance, check_unit, targets_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
@@ -46,11 +44,7 @@ SCHEMES = ("leave_one_out", "subsets", "chains")
 
 
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     part: str,
     scheme: str,
@@ -61,11 +55,7 @@ def collect(
     """Return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass; of no influence on the result beyond rounding.
+        inputs: model and windows.
         part: ``block``, ``attention`` or ``mlp``.
         scheme: one of ``SCHEMES``.
         draws: random sets or orders.
@@ -76,11 +66,11 @@ def collect(
         InputError: the part or the scheme is unknown, or the part cannot be removed alone.
         NonFiniteError: a loss is NaN or infinite.
     """
-    check_unit(family, config, part)
-    layers = Layers(model, family)
+    check_unit(inputs.family, inputs.config, part)
+    layers = Layers(inputs.model, inputs.family)
     count = len(layers.modules)
     present = draw(count, scheme, draws, kept, seed)
-    prefix, place = layers.begin(windows, batch_windows), 0
+    prefix, place = layers.begin(inputs.windows, inputs.batch_windows), 0
     whole = prefix.branch()
     advance(layers, whole, part, (), 0)
     found = np.zeros((2, len(present)))

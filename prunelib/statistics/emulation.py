@@ -29,9 +29,7 @@ from prunelib.statistics.batches import progress
 from prunelib.statistics.layerwise import Layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
@@ -81,11 +79,7 @@ def low_rank_map(
 
 
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     rank: int,
     seed: int,
@@ -93,19 +87,15 @@ def collect(
     """Return the statistics above, fp32 but for the errors, on the CPU.
 
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass.
+        inputs: model and windows.
         rank: of the maps; 0 for means alone.
         seed: not used; nothing here is random.
 
     Raises:
         NonFiniteError: a block's map is not finite; names the layer.
     """
-    layers = Layers(model, family)
-    stream = layers.begin(windows, batch_windows)
+    layers = Layers(inputs.model, inputs.family)
+    stream = layers.begin(inputs.windows, inputs.batch_windows)
     found: dict[str, list[torch.Tensor]] = {"mean": [], "errors": []}
     found |= {"a": [], "b": [], "bias": []} if rank else {}
     for index, layer in progress(layers.sweep(), len(layers.modules), "layers", logger):

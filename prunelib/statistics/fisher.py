@@ -26,9 +26,7 @@ from prunelib.statistics.batches import batches
 from prunelib.statistics.gradients import Sums, rows_and_columns, sweep
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 
 class SquaredSums(Sums):
@@ -59,33 +57,31 @@ class SquaredSums(Sums):
         return reduced | super().reduce(name, weight)
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
-        model: in eval mode; weights and gradients are as before afterwards.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: of no effect: squares of single windows need every window by itself.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
     """
-    return second_order(model, family, windows, "fisher")
+    return second_order(inputs, "fisher")
 
 
-def second_order(
-    model: PreTrainedModel, family: Family, windows: torch.Tensor, what: str, *, outer: bool = False
-) -> dict[str, torch.Tensor]:
-    """Return all gradient statistics with the mean ``loss``; arguments as of ``sweep``."""
-    parts = list(batches(windows, 1))
-    targets = windows.shape[1] - 1
-    statistics, loss = sweep(model, family, parts, targets, SquaredSums, what, outer=outer)
+def second_order(inputs: PassInputs, what: str, *, outer: bool = False) -> dict[str, torch.Tensor]:
+    """Return all gradient statistics with the mean ``loss``.
+
+    Squares of single windows need every window by itself, whatever ``batch_windows`` is.
+
+    Args:
+        inputs: model and windows.
+        what: name of the pass, for messages.
+        outer: whether what is outside the layers has statistics, too.
+    """
+    parts = list(batches(inputs.windows, 1))
+    targets = inputs.windows.shape[1] - 1
+    statistics, loss = sweep(
+        inputs.model, inputs.family, parts, targets, SquaredSums, what, outer=outer
+    )
     return statistics | {"loss": torch.tensor(loss / len(parts), dtype=torch.float64)}

@@ -18,28 +18,17 @@ from prunelib.statistics.fisher import second_order
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
-        model: in eval mode; weights and gradients are as before afterwards.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: of no effect: squares of single windows need every window by itself.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: the loss or a gradient is NaN or infinite; names the layer or parameter.
     """
-    return second_order(model, family, windows, "fisher_whole", outer=True)
+    return second_order(inputs, "fisher_whole", outer=True)

@@ -21,40 +21,29 @@ import torch
 from prunelib.errors import NonFiniteError
 from prunelib.statistics.fms import fms_sums, fold_columns, gate_norms, gate_slices
 from prunelib.statistics.gradients import rows_and_columns
-from prunelib.statistics.layerwise import Layers
+from prunelib.statistics.layerwise import Layers, layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from torch import nn
-    from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 
-def collect(
-    model: PreTrainedModel | Layers,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
-        model: in eval mode, or its layers, which may be streamed; weights are never written.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows at a time; the result does not depend on it beyond rounding.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: the loss or a layer's statistics are NaN or infinite; names the layer.
     """
-    layers = model if isinstance(model, Layers) else Layers(model, family)
-    gates = gate_slices(family, config, tuple(family.units(config)))
+    layers = layers_of(inputs)
+    gates = gate_slices(inputs.family, inputs.config, tuple(inputs.family.units(inputs.config)))
     names = list(dict.fromkeys(part.parameter for part in gates.values()))
-    start = layers.begin(windows, batch_windows)
+    start = layers.begin(inputs.windows, inputs.batch_windows)
     end = start.branch()
     for index, layer in layers.sweep():
         layers.advance(index, layer, end)

@@ -20,9 +20,7 @@ from prunelib.statistics.gradients import Sums, rows_and_columns, sweep
 from prunelib.statistics.layerwise import Layers
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 
 class FmsSums(Sums):
@@ -45,33 +43,24 @@ class FmsSums(Sums):
         return reduced | fms_sums(name, product, self._norms[name])
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
-        model: in eval mode; weights and gradients are as before afterwards.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward and backward pass; the result does not depend on it
-            beyond rounding.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
     """
     what = "fms_gradients"
-    layers = Layers(model, family)
-    norms, _ = input_norms(layers, config, windows, batch_windows, what)
-    parts = list(batches(windows, batch_windows))
-    targets = windows.shape[0] * (windows.shape[1] - 1)
-    statistics, loss = sweep(model, family, parts, targets, lambda: FmsSums(norms), what)
-    gates = gate_slices(family, config, tuple(family.units(config)))
+    layers = Layers(inputs.model, inputs.family)
+    norms, _ = input_norms(layers, inputs.config, inputs.windows, inputs.batch_windows, what)
+    parts = list(batches(inputs.windows, inputs.batch_windows))
+    targets = inputs.windows.shape[0] * (inputs.windows.shape[1] - 1)
+    statistics, loss = sweep(
+        inputs.model, inputs.family, parts, targets, lambda: FmsSums(norms), what
+    )
+    gates = gate_slices(inputs.family, inputs.config, tuple(inputs.family.units(inputs.config)))
     for layer in range(len(layers.modules)):
         for kind, part in gates.items():
             columns = statistics[f"{layer}.{part.parameter}.sum.columns"]

@@ -38,7 +38,8 @@ if TYPE_CHECKING:
     from torch import nn
     from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config, Family
+    from prunelib.families.base import Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
@@ -561,40 +562,28 @@ def sweep(
     return statistics, loss
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the first-order statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
-        model: in eval mode; weights and gradients are as before afterwards.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward and backward pass; the result does not depend on it
-            beyond rounding.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: the loss or a layer's gradients are NaN or infinite; names the layer.
     """
-    return first_order(model, family, windows, batch_windows, "gradients")
+    return first_order(inputs, "gradients")
 
 
-def first_order(
-    model: PreTrainedModel,
-    family: Family,
-    windows: torch.Tensor,
-    batch_windows: int,
-    what: str,
-    *,
-    outer: bool = False,
-) -> dict[str, torch.Tensor]:
-    """Return first-order statistics with the mean ``loss``; arguments as of ``sweep``."""
-    parts = list(batches(windows, batch_windows))
+def first_order(inputs: PassInputs, what: str, *, outer: bool = False) -> dict[str, torch.Tensor]:
+    """Return first-order statistics with the mean ``loss``.
+
+    Args:
+        inputs: model and windows.
+        what: name of the pass, for messages.
+        outer: whether what is outside the layers has statistics, too.
+    """
+    windows = inputs.windows
+    parts = list(batches(windows, inputs.batch_windows))
     targets = windows.shape[0] * (windows.shape[1] - 1)
-    statistics, loss = sweep(model, family, parts, targets, Sums, what, outer=outer)
+    statistics, loss = sweep(inputs.model, inputs.family, parts, targets, Sums, what, outer=outer)
     return statistics | {"loss": torch.tensor(loss, dtype=torch.float64)}

@@ -18,29 +18,17 @@ from prunelib.statistics.gradients import first_order
 
 if TYPE_CHECKING:
     import torch
-    from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
-        model: in eval mode; weights and gradients are as before afterwards.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward and backward pass; the result does not depend on it
-            beyond rounding.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: the loss or a gradient is NaN or infinite; names the layer or parameter.
     """
-    return first_order(model, family, windows, batch_windows, "gradients_whole", outer=True)
+    return first_order(inputs, "gradients_whole", outer=True)

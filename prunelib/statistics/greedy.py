@@ -27,19 +27,13 @@ from prunelib.statistics.layerwise import Layers, Stream
 from prunelib.statistics.without import advance, check_unit, loss_without, targets_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
 
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     part: str,
     most: float,
@@ -49,13 +43,10 @@ def collect(
 ) -> dict[str, torch.Tensor]:
     """Return the statistics above, on the CPU.
 
+    With smaller batches of windows candidates are given up sooner.
+
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass; of no influence on the choices beyond rounding,
-            but with smaller batches candidates are given up sooner.
+        inputs: model and windows.
         part: ``block``, ``attention`` or ``mlp``.
         most: the share of all layers that is removed, rounded down.
         keep_first: first layers that stay.
@@ -66,11 +57,11 @@ def collect(
         InputError: the part is unknown, or cannot be removed alone in this architecture.
         NonFiniteError: a loss is NaN or infinite.
     """
-    check_unit(family, config, part)
-    layers = Layers(model, family)
+    check_unit(inputs.family, inputs.config, part)
+    layers = Layers(inputs.model, inputs.family)
     candidates = range(len(layers.modules))[keep_first : len(layers.modules) - keep_last]
     removals = min(math.floor(most * len(layers.modules)), len(candidates))
-    stream = layers.begin(windows, batch_windows)
+    stream = layers.begin(inputs.windows, inputs.batch_windows)
     order, losses = greedy_order(layers, stream, part, candidates, removals)
     return {
         "order": torch.tensor(order, dtype=torch.int64),

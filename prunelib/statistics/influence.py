@@ -28,19 +28,13 @@ from prunelib.statistics.layerwise import Layers, Stream
 from prunelib.statistics.without import advance, check_unit, through
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
 
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     part: str,
     recompute: bool,
@@ -49,11 +43,7 @@ def collect(
     """Return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass.
+        inputs: model and windows.
         part: ``block``, ``attention`` or ``mlp``.
         recompute: whether to go on greedily, in as many passes as there are layers.
         seed: not used; nothing here is random.
@@ -62,9 +52,9 @@ def collect(
         InputError: the part is unknown, or cannot be removed alone in this architecture.
         NonFiniteError: a hidden state is NaN or infinite; names the layer.
     """
-    check_unit(family, config, part)
-    layers = Layers(model, family)
-    start = layers.begin(windows, batch_windows)
+    check_unit(inputs.family, inputs.config, part)
+    layers = Layers(inputs.model, inputs.family)
+    start = layers.begin(inputs.windows, inputs.batch_windows)
     count = len(layers.modules)
     first = _influences(layers, start, part, frozenset())
     result = {"influence": torch.tensor([first[i] for i in range(count)], dtype=torch.float64)}

@@ -31,20 +31,16 @@ from prunelib.statistics.layerwise import Layers, Stream
 
 if TYPE_CHECKING:
     from torch import nn
-    from transformers import PreTrainedModel
 
-    from prunelib.families.base import Config, Family
+    from prunelib.families.base import Config
     from prunelib.plan import MergedBlock
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
 
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     layers_per_merge: int,
     interval: int,
@@ -57,11 +53,7 @@ def collect(
     """Return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass; of no influence on the result beyond rounding.
+        inputs: model and windows.
         layers_per_merge: how many layers become one.
         interval: after a kept merge, how much lower the next one begins.
         lowest: the lowest layer that others are merged into.
@@ -74,7 +66,7 @@ def collect(
         InputError: the model has no such layers.
         NonFiniteError: a similarity is not a number.
     """
-    layers = Layers(model, family)
+    layers = Layers(inputs.model, inputs.family)
     count = len(layers.modules)
     highest = count - 1 if highest is None else highest
     if not 0 <= lowest <= highest - layers_per_merge < count:
@@ -82,7 +74,7 @@ def collect(
             f"lowest {lowest}, highest {highest}, layers_per_merge {layers_per_merge}: the model "
             f"has layers 0..{count - 1}, and the first merge begins layers_per_merge below highest"
         )
-    stream = layers.begin(windows[:sentences], batch_windows)
+    stream = layers.begin(inputs.windows[:sentences], inputs.batch_windows)
     prefixes = []
     for index, layer in layers.sweep():
         prefixes.append(stream.branch())
@@ -100,7 +92,9 @@ def collect(
             tried += 1
             merged = merged_layers([*order, *gone], [*bases, *[alive[place]] * len(gone)])
             rest = [index for index in alive[place:] if index not in gone]
-            similarity = _similarity(layers, prefixes[place].branch(), rest, merged, config, wanted)
+            similarity = _similarity(
+                layers, prefixes[place].branch(), rest, merged, inputs.config, wanted
+            )
             kept = similarity > threshold
             logger.info("layers %s into %d: %.4f", gone, alive[place], similarity)
         if kept:

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from prunelib.families.base import Family
     from prunelib.plan import Plan
+    from prunelib.statistics.inputs import PassInputs
 
 
 @dataclass(eq=False)
@@ -170,6 +171,12 @@ class Layers:
                 for ids, state in zip(stream.parts, stream.states, strict=True)
             ]
         return [gradient for gradient, _ in pairs], sum(loss for _, loss in pairs)
+
+
+def layers_of(inputs: PassInputs) -> Layers:
+    """Return the layers that a pass is given, or those of the model in memory."""
+    model = inputs.model
+    return model if isinstance(model, Layers) else Layers(model, inputs.family)
 
 
 class StreamedLayers(Layers):

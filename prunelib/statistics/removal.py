@@ -21,19 +21,13 @@ from prunelib.statistics.layerwise import Layers, Stream
 from prunelib.statistics.without import check_unit, loss_without, targets_of
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
 
 def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     part: str,
     seed: int,
@@ -41,11 +35,7 @@ def collect(
     """Return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass; of no influence on the result beyond rounding.
+        inputs: model and windows.
         part: ``block``, ``attention`` or ``mlp``.
         seed: not used; nothing here is random.
 
@@ -53,9 +43,9 @@ def collect(
         InputError: the part is unknown, or cannot be removed alone in this architecture.
         NonFiniteError: a loss is NaN or infinite.
     """
-    check_unit(family, config, part)
-    layers = Layers(model, family)
-    losses, loss = one_at_a_time(layers, layers.begin(windows, batch_windows), part)
+    check_unit(inputs.family, inputs.config, part)
+    layers = Layers(inputs.model, inputs.family)
+    losses, loss = one_at_a_time(layers, layers.begin(inputs.windows, inputs.batch_windows), part)
     return {
         "loss": torch.tensor(loss, dtype=torch.float64),
         "loss_without": torch.tensor(losses, dtype=torch.float64),

@@ -24,9 +24,7 @@ from prunelib.statistics.layerwise import Layers
 from prunelib.statistics.without import through
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 logger = logging.getLogger(__name__)
 
@@ -46,28 +44,22 @@ def update_sums(before: torch.Tensor, after: torch.Tensor) -> torch.Tensor:
     return torch.stack(sums).cpu()
 
 
-def collect(
-    model: PreTrainedModel,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
-) -> dict[str, torch.Tensor]:
+def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     """Return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode; it is what it was when this returns.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows per forward pass.
+        inputs: model and windows.
 
     Raises:
         NonFiniteError: a hidden state is NaN or infinite, or all zero; names the layer.
     """
-    layers = Layers(model, family)
-    stream = layers.begin(windows, batch_windows)
-    parts = ("block", "attention", "mlp") if family.zero_block_is_neutral(config) else ("block",)
+    layers = Layers(inputs.model, inputs.family)
+    stream = layers.begin(inputs.windows, inputs.batch_windows)
+    parts = (
+        ("block", "attention", "mlp")
+        if inputs.family.zero_block_is_neutral(inputs.config)
+        else ("block",)
+    )
     sums = {part: torch.zeros(3, len(layers.modules), dtype=torch.float64) for part in parts}
     for index, layer in progress(layers.sweep(), len(layers.modules), "layers", logger):
         places = through(layers, index, layer, stream)
@@ -76,7 +68,7 @@ def collect(
                 sums[part][:, index] += update_sums(x, y)
             if not sums[part][:, index].isfinite().all():
                 raise NonFiniteError(f"updates: the update of {part} {index} is not finite")
-    tokens = windows.numel()
+    tokens = inputs.windows.numel()
     found = {}
     for part, (cosine, l1, l2) in sums.items():
         found[f"{part}.cosine"] = 1 - cosine / tokens

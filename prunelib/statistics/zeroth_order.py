@@ -33,13 +33,11 @@ from prunelib.errors import InputError, NonFiniteError
 from prunelib.statistics.batches import progress
 from prunelib.statistics.estimator import Estimator
 from prunelib.statistics.fms import KINDS, gate_norms, gate_slices, input_norms
-from prunelib.statistics.layerwise import Layers, Stream, StreamedLayers
+from prunelib.statistics.layerwise import Layers, Stream, StreamedLayers, layers_of
 from prunelib.statistics.perturbation import Gates, LowRank, Perturbation, Weights
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-    from prunelib.families.base import Config, Family
+    from prunelib.statistics.inputs import PassInputs
 
 __all__ = ["StreamedLayers", "collect"]
 
@@ -172,14 +170,13 @@ class Estimate:
 
 def estimate(
     layers: Layers,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     seed: int,
     settings: Estimator,
     kinds: Sequence[str] = KINDS,
 ) -> Estimate:
     """Find the loss differences along all directions; arguments and errors as of ``collect``."""
+    config, windows, batch_windows = inputs.config, inputs.windows, inputs.batch_windows
     minibatches = _minibatches(settings, windows, seed)
     norms, loss = input_norms(layers, config, windows, batch_windows, "zeroth_order")
     family, count = layers.family, len(layers.modules)
@@ -208,11 +205,7 @@ def estimate(
 
 
 def collect(
-    model: PreTrainedModel | Layers,
-    family: Family,
-    config: Config,
-    windows: torch.Tensor,
-    batch_windows: int,
+    inputs: PassInputs,
     *,
     seed: int,
     kinds: Sequence[str] = KINDS,
@@ -221,11 +214,7 @@ def collect(
     """Return the statistics above, on the CPU.
 
     Args:
-        model: in eval mode, or its layers, which may be streamed; weights are never written.
-        family: the model's family.
-        config: config.json of the model.
-        windows: int64 [n, length] token ids.
-        batch_windows: windows at a time; the result does not depend on it beyond rounding.
+        inputs: model and windows.
         seed: of the directions and of the minibatches.
         kinds: whose units have gates.
         settings: of ``Estimator``.
@@ -234,6 +223,6 @@ def collect(
         InputError: a setting is not allowed, or a minibatch is larger than the calibration set.
         NonFiniteError: an activation or a loss is NaN or infinite; names the layer or direction.
     """
-    layers = model if isinstance(model, Layers) else Layers(model, family)
-    found = estimate(layers, config, windows, batch_windows, seed, Estimator(**settings), kinds)
+    layers = layers_of(inputs)
+    found = estimate(layers, inputs, seed, Estimator(**settings), kinds)
     return found.statistics | found.reduce(layers)
