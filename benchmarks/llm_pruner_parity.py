@@ -108,7 +108,8 @@ def perplexities(model: Path, text: Path, seeds: int, windows: int) -> dict[str,
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.methods.base import ScoringInputs
-    from prunelib.selection import Target, select
+    from prunelib.rules import Target
+    from prunelib.selection import select
     from prunelib.statistics import gradients
     from prunelib.surgery import prune_tensors, pruned_config
 

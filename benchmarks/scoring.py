@@ -213,7 +213,8 @@ def ratios(source: Path, model: Any, windows: torch.Tensor) -> tuple[float, floa
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.methods.base import ScoringInputs
-    from prunelib.selection import Target, select
+    from prunelib.rules import Target
+    from prunelib.selection import select
     from prunelib.statistics import gradients
     from prunelib.statistics.inputs import PassInputs
 

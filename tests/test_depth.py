@@ -38,7 +38,8 @@ from prunelib.plan import MergedBlock, Plan, merged_layers
 from prunelib.provenance import artefact
 from prunelib.provenance.step import StepRequest
 from prunelib.reporting.published import read_published
-from prunelib.selection import Target, check_reachable, select
+from prunelib.rules import Target
+from prunelib.selection import check_reachable, select
 from prunelib.statistics import (
     coalitions,
     emulation,

@@ -16,7 +16,7 @@ from tiny_project import CATALOGUES, EXPERIMENT, ROOT, make_project, write_exper
 from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import closure
-from prunelib.selection import Target
+from prunelib.rules import Target
 
 
 @pytest.fixture(scope="module")

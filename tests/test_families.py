@@ -27,7 +27,8 @@ from prunelib.plan import Plan
 from prunelib.provenance import artefact
 from prunelib.provenance.step import StepRequest
 from prunelib.recovery import adapters
-from prunelib.selection import Rule, Target, select
+from prunelib.rules import Rule, Target
+from prunelib.selection import select
 from prunelib.surgery import prune_tensors, pruned_config
 from workflow_scripts import (
     calibration,

@@ -35,6 +35,7 @@ from prunelib.cluster.geometry import (
 from prunelib.cluster.resources import request
 from prunelib.cluster.settings import Cluster
 from prunelib.criteria import block_distance
+from prunelib.depth_selection import block_count
 from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node
@@ -48,14 +49,8 @@ from prunelib.recovery.recipe import LoraRecipe
 from prunelib.replacement import shared_tensors
 from prunelib.reporting import artefacts
 from prunelib.reporting.published import published_names, read_published
-from prunelib.selection import (
-    TARGET_KINDS,
-    Sharer,
-    Target,
-    block_count,
-    check_reachable,
-    select,
-)
+from prunelib.rules import TARGET_KINDS, Sharer, Target
+from prunelib.selection import check_reachable, select
 from prunelib.sharing import publish
 from prunelib.statistics import activations, influence
 from prunelib.statistics.inputs import PassInputs

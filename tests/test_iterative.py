@@ -26,7 +26,8 @@ from prunelib.methods.base import ScoringInputs
 from prunelib.plan import Plan
 from prunelib.provenance import artefact
 from prunelib.provenance.step import StepRequest
-from prunelib.selection import Rule, Target, select
+from prunelib.rules import Rule, Target
+from prunelib.selection import select
 from prunelib.statistics import activations, gradients
 from prunelib.statistics.inputs import PassInputs
 from workflow_scripts import collect_statistics, prune, score

@@ -21,7 +21,8 @@ from prunelib.families import family_of
 from prunelib.families.base import UnitKind, UnitSlice
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
-from prunelib.selection import Rule, Target, select
+from prunelib.rules import Rule, Target
+from prunelib.selection import select
 from prunelib.statistics import activations, fms_direct, fms_gradients, perturbation, zeroth_order
 from prunelib.statistics.estimator import Estimator
 from prunelib.statistics.fms import fms_sums, unit_parameters

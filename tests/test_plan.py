@@ -15,7 +15,8 @@ from prunelib.checkpoint import build_model
 from prunelib.errors import InputError
 from prunelib.families import family_of
 from prunelib.plan import Plan
-from prunelib.selection import Rule, Target, select
+from prunelib.rules import Rule, Target
+from prunelib.selection import select
 from prunelib.surgery import prune_tensors, pruned_config
 
 

@@ -20,6 +20,8 @@ LAYERS = [
     ["checkpoint"],
     ["statistics"],
     ["criteria"],
+    ["rules"],
+    ["depth_selection"],
     ["selection"],
     ["methods"],
     ["recovery"],

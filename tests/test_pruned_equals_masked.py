@@ -26,7 +26,8 @@ from prunelib.data.tokenizer import load_tokenizer
 from prunelib.errors import InputError, IntegrityError
 from prunelib.families import family_of
 from prunelib.plan import Plan
-from prunelib.selection import Rule, Target, select
+from prunelib.rules import Rule, Target
+from prunelib.selection import select
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters, zero_tensors
 
 Checkpoints = Callable[[str], Path]

@@ -21,7 +21,8 @@ from prunelib.experiment.experiment import Experiment
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
-from prunelib.selection import Target, select
+from prunelib.rules import Target
+from prunelib.selection import select
 from prunelib.statistics import activations, fisher, gradients
 from prunelib.statistics.greedy import greedy_order
 from prunelib.statistics.inputs import PassInputs

@@ -32,7 +32,8 @@ from prunelib.families.base import RESIDUAL
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.plan import Plan
-from prunelib.selection import Rule, Target, check_reachable, select
+from prunelib.rules import Rule, Target
+from prunelib.selection import check_reachable, select
 from prunelib.statistics import fisher, fisher_whole, gradients, gradients_whole
 from prunelib.statistics.inputs import PassInputs
 from prunelib.surgery import prune_tensors, pruned_config, remaining_parameters

@@ -10,20 +10,14 @@ import numpy as np
 import pytest
 from conftest import tiny_config
 
+from prunelib.depth_selection import block_count
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.plan import Plan
-from prunelib.selection import (
-    Rule,
-    Target,
-    block_count,
-    check_reachable,
-    group_ratio_counts,
-    local_counts,
-    select,
-)
+from prunelib.rules import Rule, Target
+from prunelib.selection import check_reachable, group_ratio_counts, local_counts, select
 
 LLAMA_7B: dict[str, Any] = {
     "model_type": "llama",

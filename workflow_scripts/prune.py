@@ -19,7 +19,8 @@ def main(request: StepRequest, out: Path) -> None:
     from prunelib.families import family_of
     from prunelib.methods import create
     from prunelib.provenance import artefact
-    from prunelib.selection import Target, select
+    from prunelib.rules import Target
+    from prunelib.selection import select
 
     params = request.params
     produced_by = {key: params[key] for key in ("method", "variant", "parameters", "seed")}

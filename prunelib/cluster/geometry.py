@@ -8,11 +8,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cache
 
+from prunelib.depth_selection import block_count
 from prunelib.experiment.graph import Node
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.recovery.recipe import ROLES, LoraRecipe
-from prunelib.selection import Target, block_count
+from prunelib.rules import Target
 
 ITEM_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2}
 

@@ -27,7 +27,8 @@ from prunelib.experiment.schema import (
 from prunelib.families import family_module, family_of
 from prunelib.methods import create, method_module
 from prunelib.methods.base import Method
-from prunelib.selection import Target, check_reachable
+from prunelib.rules import Target
+from prunelib.selection import check_reachable
 from prunelib.statistics import WITHIN
 
 

@@ -11,7 +11,7 @@ from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.methods.base import DepthMethod, ScoringInputs
 from prunelib.plan import EMULATION
-from prunelib.selection import Rule
+from prunelib.rules import Rule
 
 STATIC = ("cosine", "relative_l1", "relative_l2")
 # By metric, the values of coalitions that it looks at.

@@ -11,7 +11,7 @@ from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.methods.base import ScoringInputs
 from prunelib.methods.shortgpt import BlockInfluence
-from prunelib.selection import DISTANCE, Rule, Sharer
+from prunelib.rules import DISTANCE, Rule, Sharer
 
 if TYPE_CHECKING:
     import torch

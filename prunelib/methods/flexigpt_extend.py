@@ -10,7 +10,7 @@ import numpy as np
 from prunelib.criteria.fold import Array
 from prunelib.methods.base import Method, ScoringInputs
 from prunelib.methods.flexigpt import CITATION
-from prunelib.selection import Repeat, Rule, Sharer
+from prunelib.rules import Repeat, Rule, Sharer
 
 
 @dataclass(frozen=True, kw_only=True)

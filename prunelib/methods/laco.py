@@ -12,7 +12,7 @@ from prunelib.criteria.depth import order_scores
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.methods.base import Method, ScoringInputs
-from prunelib.selection import BASE, Rule
+from prunelib.rules import BASE, Rule
 
 OPTIONS = ("layers_per_merge", "interval", "lowest", "highest", "threshold", "sentences")
 

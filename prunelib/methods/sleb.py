@@ -9,7 +9,7 @@ from typing import Any, ClassVar
 from prunelib.criteria.depth import order_scores
 from prunelib.criteria.fold import Array
 from prunelib.methods.base import DepthMethod, ScoringInputs
-from prunelib.selection import Rule
+from prunelib.rules import Rule
 
 
 @dataclass(frozen=True, kw_only=True)
