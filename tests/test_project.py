@@ -12,7 +12,7 @@ from tiny_project import ROOT
 
 # Lower layers first; a module may import its own layer and those before it.
 LAYERS = [
-    ["errors", "device", "provenance"],
+    ["errors", "device", "provenance", "command"],
     ["data"],
     ["plan", "families", "discovery"],
     ["low_rank"],

@@ -551,7 +551,7 @@ def test_a_report_of_nothing_is_one_line_and_an_exit_code(tmp_path: Path) -> Non
         env=os.environ | {"PYTHONPATH": str(ROOT)},
     )  # fmt: skip
     assert result.returncode != 0
-    assert result.stderr == "report: nothing to report: none of 23 cells is finished\n"
+    assert result.stderr == "error: report: nothing to report: none of 23 cells is finished\n"
     assert not (tmp_path / "out").exists()
 
 

@@ -6,25 +6,21 @@ step that says how the memory follows from the arithmetic.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
 from pathlib import Path
 
 from prunelib.cluster.cost import cost_rows, largest_requests, render
 from prunelib.cluster.settings import Cluster
-from prunelib.errors import PrunelibError
+from prunelib.command import experiment_parser, reporting_errors
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import closure, needed
 
 
+@reporting_errors("cost")
 def main(arguments: list[str] | None = None) -> int:
     """Print the table; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
-    parser.add_argument(
-        "--catalogue", type=Path, default=Path("config"), help="the catalogues' directory"
-    )
+    parser = experiment_parser(__doc__)
     parser.add_argument(
         "--cluster", type=Path, default=Path("config/cluster.yaml"), help="the cluster file"
     )
@@ -33,17 +29,13 @@ def main(arguments: list[str] | None = None) -> int:
         "--all", action="store_true", help="count all jobs, not only those still to be done"
     )
     options = parser.parse_args(arguments)
-    try:
-        experiment = Experiment.load(options.experiment, options.catalogue)
-        cluster = Cluster.load(options.cluster)
-        gpu_type, _ = cluster.gpu(options.gpu_type)
-        terminal = [node for cell in experiment.cells for node in cell.steps.values()]
-        nodes = (closure if options.all else needed)(terminal).values()
-        rows = cost_rows(nodes, cluster, gpu_type)
-        print(render(rows, largest_requests(nodes, cluster, gpu_type), gpu_type))
-    except PrunelibError as error:
-        print(f"error: cost: {error}", file=sys.stderr)
-        return error.exit_code
+    experiment = Experiment.load(options.experiment, options.catalogue)
+    cluster = Cluster.load(options.cluster)
+    gpu_type, _ = cluster.gpu(options.gpu_type)
+    terminal = [node for cell in experiment.cells for node in cell.steps.values()]
+    nodes = (closure if options.all else needed)(terminal).values()
+    rows = cost_rows(nodes, cluster, gpu_type)
+    print(render(rows, largest_requests(nodes, cluster, gpu_type), gpu_type))
     return 0
 
 

@@ -5,23 +5,19 @@ Ends with exit code 1 if a check failed, so that it can stand before `snakemake 
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from prunelib.cluster.doctor import FAIL, Profile, Setup, examine
 from prunelib.cluster.settings import Cluster
-from prunelib.errors import PrunelibError
+from prunelib.command import experiment_parser, reporting_errors
 from prunelib.experiment.experiment import Experiment
 
 
+@reporting_errors("doctor")
 def main(arguments: list[str] | None = None) -> int:
     """Print the checks; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
-    parser.add_argument(
-        "--catalogue", type=Path, default=Path("config"), help="the catalogues' directory"
-    )
+    parser = experiment_parser(__doc__)
     parser.add_argument(
         "--cluster", type=Path, default=Path("config/cluster.yaml"), help="the resource model"
     )
@@ -40,19 +36,15 @@ def main(arguments: list[str] | None = None) -> int:
     )
     options = parser.parse_args(arguments)
     failed = 0
-    try:
-        setup = Setup(
-            experiment=Experiment.load(options.experiment, options.catalogue),
-            cluster=Cluster.load(options.cluster),
-            profile=Profile.load(options.profile),
-            wait_seconds=options.wait,
-        )
-        for check in examine(setup):
-            failed += check.status == FAIL
-            print(check, flush=True)
-    except PrunelibError as error:
-        print(f"error: doctor: {error}", file=sys.stderr)
-        return error.exit_code
+    setup = Setup(
+        experiment=Experiment.load(options.experiment, options.catalogue),
+        cluster=Cluster.load(options.cluster),
+        profile=Profile.load(options.profile),
+        wait_seconds=options.wait,
+    )
+    for check in examine(setup):
+        failed += check.status == FAIL
+        print(check, flush=True)
     print(f"{failed} failed" if failed else "nothing stands against a start")
     return 1 if failed else 0
 

@@ -6,12 +6,10 @@ once, not by everything that follows from it.
 
 from __future__ import annotations
 
-import argparse
 import signal
 import sys
-from pathlib import Path
 
-from prunelib.errors import PrunelibError
+from prunelib.command import experiment_parser, reporting_errors
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import RESULTS, closure, report_key
 from prunelib.sharing.explain import explain, render, select
@@ -24,11 +22,10 @@ def report_line(experiment: Experiment) -> str | None:
     return None if stamp.exists() else "the report would be made anew: it does not show these cells"
 
 
+@reporting_errors("explain")
 def main(arguments: list[str] | None = None) -> int:
     """Print the reasons; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
-    parser.add_argument("--catalogue", type=Path, default=Path("config"), help="the catalogues")
+    parser = experiment_parser(__doc__)
     parser.add_argument(
         "names",
         nargs="*",
@@ -36,14 +33,10 @@ def main(arguments: list[str] | None = None) -> int:
         help="a step (perplexity), a key, or the id of a cell; all that would run if left out",
     )
     options = parser.parse_args(arguments)
-    try:
-        experiment = Experiment.load(options.experiment, options.catalogue)
-        nodes, lines = select(experiment, options.names)
-        text = render(explain(nodes))
-        report = None if options.names else report_line(experiment)
-    except PrunelibError as error:
-        print(f"error: explain: {error}", file=sys.stderr)
-        return error.exit_code
+    experiment = Experiment.load(options.experiment, options.catalogue)
+    nodes, lines = select(experiment, options.names)
+    text = render(explain(nodes))
+    report = None if options.names else report_line(experiment)
     if not nodes and not options.names:
         lines.append(f"nothing would run: {len(experiment.cells)} cells are complete")
     for line in (*lines, text, report):

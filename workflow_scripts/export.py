@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 from prunelib.checkpoint import export_stock, read_config
-from prunelib.errors import InputError, PrunelibError
+from prunelib.command import reporting_errors
+from prunelib.errors import InputError
 
 
+@reporting_errors("export")
 def main(arguments: list[str] | None = None) -> int:
     """Write the export and print its path; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -20,13 +22,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--original", type=Path, required=True, help="the unpruned checkpoint")
     parser.add_argument("--out", type=Path, required=True, help="directory to make")
     options = parser.parse_args(arguments)
-    try:
-        if options.out.exists():
-            raise InputError(f"--out {options.out} exists already; name a new directory")
-        export_stock(options.pruned, read_config(options.original), options.out)
-    except PrunelibError as error:
-        print(f"error: export: {error}", file=sys.stderr)
-        return error.exit_code
+    if options.out.exists():
+        raise InputError(f"--out {options.out} exists already; name a new directory")
+    export_stock(options.pruned, read_config(options.original), options.out)
     print(options.out)
     return 0
 

@@ -14,7 +14,8 @@ from contextlib import nullcontext
 from datetime import UTC, datetime
 from pathlib import Path
 
-from prunelib.errors import InputError, PrunelibError
+from prunelib.command import reporting_errors
+from prunelib.errors import InputError
 from prunelib.sharing import gc
 
 
@@ -74,6 +75,7 @@ def remove(census: gc.Census) -> int:
     return failed
 
 
+@reporting_errors("gc")
 def main(arguments: list[str] | None = None) -> int:
     """Print the lists; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -91,21 +93,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--why", metavar="KEY", help="print what refers to one key, and end")
     parser.add_argument("--delete", action="store_true", help="remove what is listed")
     options = parser.parse_args(arguments)
-    try:
-        if options.why and options.delete:
-            raise InputError("--why and --delete do not go together")
-        files = gc.experiment_files(options.experiments, options.experiment)
-        with gc.no_launches() if options.delete else nullcontext():
-            census = gc.take_census(files, options.catalogue, options.older_than)
-            if options.why:
-                print("\n".join(gc.why(options.why, census)))
-            elif options.delete:
-                return remove(census)
-            else:
-                show(census)
-    except PrunelibError as error:
-        print(f"error: gc: {error}", file=sys.stderr)
-        return error.exit_code
+    if options.why and options.delete:
+        raise InputError("--why and --delete do not go together")
+    files = gc.experiment_files(options.experiments, options.experiment)
+    with gc.no_launches() if options.delete else nullcontext():
+        census = gc.take_census(files, options.catalogue, options.older_than)
+        if options.why:
+            print("\n".join(gc.why(options.why, census)))
+        elif options.delete:
+            return remove(census)
+        else:
+            show(census)
     return 0
 
 

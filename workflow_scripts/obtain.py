@@ -7,13 +7,13 @@ that git has. Afterwards `snakemake` finds nothing to do but what is named here.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
 from prunelib.cluster.cost import cost_rows, render
 from prunelib.cluster.settings import Cluster
-from prunelib.errors import IntegrityError, PrunelibError
+from prunelib.command import experiment_parser, reporting_errors
+from prunelib.errors import IntegrityError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import Node
 from prunelib.sharing.obtain import Wanted, obtain, survey
@@ -54,11 +54,10 @@ def describe(wanted: Wanted, cluster: Cluster) -> None:
         say(render(cost_rows(wanted.compute, cluster, gpu_type), [], gpu_type).rstrip())
 
 
+@reporting_errors("obtain")
 def main(arguments: list[str] | None = None) -> int:
     """Obtain and print each step; returns the exit code, 0 when all that is shared is here."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
-    parser.add_argument("--catalogue", type=Path, default=Path("config"), help="the catalogues")
+    parser = experiment_parser(__doc__)
     parser.add_argument("--remote", help="name of the DVC remote; default: the default one")
     parser.add_argument(
         "--all", action="store_true", help="all checkpoints and adapters, needed or not"
@@ -71,28 +70,21 @@ def main(arguments: list[str] | None = None) -> int:
         help="the cluster file, for the cost",
     )
     options = parser.parse_args(arguments)
-    try:
-        experiment = Experiment.load(options.experiment, options.catalogue)
-        cluster = Cluster.load(options.cluster)
-        nodes = steps_of(experiment)
-        with sharing():
-            if not options.dry_run and (number := restore_deleted()):
-                say(f"restored  {number} files that git holds and that were deleted here")
-            wanted = survey(nodes, everything=options.all)
-            describe(wanted, cluster)
-            if options.dry_run:
-                return 0
-            failed = obtain(wanted, remote=options.remote, make=make, say=say)
-            if failed:
-                raise IntegrityError(f"{failed} artefacts could not be obtained, see above")
-            if not wanted.compute:
-                say(f"report    {write_report(experiment, partial=False).resolve()}")
-    except PrunelibError as error:
-        print(f"error: obtain: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: obtain: {error}", file=sys.stderr)
-        return 1
+    experiment = Experiment.load(options.experiment, options.catalogue)
+    cluster = Cluster.load(options.cluster)
+    nodes = steps_of(experiment)
+    with sharing():
+        if not options.dry_run and (number := restore_deleted()):
+            say(f"restored  {number} files that git holds and that were deleted here")
+        wanted = survey(nodes, everything=options.all)
+        describe(wanted, cluster)
+        if options.dry_run:
+            return 0
+        failed = obtain(wanted, remote=options.remote, make=make, say=say)
+        if failed:
+            raise IntegrityError(f"{failed} artefacts could not be obtained, see above")
+        if not wanted.compute:
+            say(f"report    {write_report(experiment, partial=False).resolve()}")
     return 0
 
 

@@ -9,9 +9,8 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 
-from prunelib.errors import PrunelibError
+from prunelib.command import experiment_parser, reporting_errors
 from prunelib.experiment.experiment import Experiment
 from prunelib.provenance import artefact
 from prunelib.sharing.publish import describe, publish, take_stock
@@ -37,11 +36,10 @@ def warn_of_uncommitted(options: argparse.Namespace) -> None:
         )
 
 
+@reporting_errors("publish")
 def main(arguments: list[str] | None = None) -> int:
     """Publish and print each step; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
-    parser.add_argument("--catalogue", type=Path, default=Path("config"), help="the catalogues")
+    parser = experiment_parser(__doc__)
     parser.add_argument("--remote", help="name of the DVC remote; default: the default one")
     parser.add_argument("--no-push", action="store_true", help="commit only, push another time")
     parser.add_argument("--light", action="store_true", help="share checkpoints as plans")
@@ -52,33 +50,24 @@ def main(arguments: list[str] | None = None) -> int:
         "--dry-run", action="store_true", help="only say what there is and how large both forms are"
     )
     options = parser.parse_args(arguments)
-    try:
-        experiment = Experiment.load(options.experiment, options.catalogue)
-        nodes = steps_of(experiment)
-        with sharing():
-            if options.dry_run:
-                describe(take_stock(nodes, light=options.light), say)
-                return 0
-            warn_of_uncommitted(options)
-            unfinished = any(
-                not artefact.is_valid(node.directory, node.key) for node in awaited(nodes)
-            )
-            write_report(experiment, partial=unfinished)
-            publish(
-                experiment.data["name"],
-                nodes,
-                remote=options.remote,
-                push=not options.no_push,
-                light=options.light,
-                read_back=options.read_back,
-                say=say,
-            )
-    except PrunelibError as error:
-        print(f"error: publish: {error}", file=sys.stderr)
-        return error.exit_code
-    except OSError as error:
-        print(f"error: publish: {error}", file=sys.stderr)
-        return 1
+    experiment = Experiment.load(options.experiment, options.catalogue)
+    nodes = steps_of(experiment)
+    with sharing():
+        if options.dry_run:
+            describe(take_stock(nodes, light=options.light), say)
+            return 0
+        warn_of_uncommitted(options)
+        unfinished = any(not artefact.is_valid(node.directory, node.key) for node in awaited(nodes))
+        write_report(experiment, partial=unfinished)
+        publish(
+            experiment.data["name"],
+            nodes,
+            remote=options.remote,
+            push=not options.no_push,
+            light=options.light,
+            read_back=options.read_back,
+            say=say,
+        )
     return 0
 
 

@@ -6,12 +6,11 @@ failed (with the cause and the log), or waiting for another one.
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections import Counter
-from pathlib import Path
 
 from prunelib.cluster import progress
+from prunelib.command import experiment_parser, reporting_errors
 from prunelib.errors import PrunelibError
 from prunelib.experiment.experiment import Cell, Experiment
 from prunelib.experiment.graph import Node, closure
@@ -52,27 +51,22 @@ def cell_line(cell: Cell, found: dict[str, progress.Standing]) -> tuple[str, str
     )
 
 
+@reporting_errors("status")
 def main(arguments: list[str] | None = None) -> int:
     """Print the lines and a summary; returns the exit code, 0 when every cell is done."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--experiment", type=Path, required=True, help="the experiment file")
-    parser.add_argument("--catalogue", type=Path, default=Path("config"), help="the catalogues")
+    parser = experiment_parser(__doc__)
     options = parser.parse_args(arguments)
+    cells = Experiment.load(options.experiment, options.catalogue).cells
+    nodes = closure(node for cell in cells for node in cell.steps.values())
     try:
-        cells = Experiment.load(options.experiment, options.catalogue).cells
-        nodes = closure(node for cell in cells for node in cell.steps.values())
-        try:
-            jobs = progress.workflow_jobs() or []
-        except PrunelibError as error:
-            print(f"status: SLURM's queue cannot be read: {error}", file=sys.stderr)
-            jobs = []
-        found = progress.standings(nodes, jobs)
-        # A checkpoint that others share is as good as done, unless a step waits for it.
-        shared = [key for key, node in nodes.items() if not is_here(node.directory)]
-        found |= {key: progress.Standing(progress.DONE) for key in shared if is_shared(nodes[key])}
+        jobs = progress.workflow_jobs() or []
     except PrunelibError as error:
-        print(f"error: status: {error}", file=sys.stderr)
-        return error.exit_code
+        print(f"status: SLURM's queue cannot be read: {error}", file=sys.stderr)
+        jobs = []
+    found = progress.standings(nodes, jobs)
+    # A checkpoint that others share is as good as done, unless a step waits for it.
+    shared = [key for key, node in nodes.items() if not is_here(node.directory)]
+    found |= {key: progress.Standing(progress.DONE) for key in shared if is_shared(nodes[key])}
     states: Counter[str] = Counter()
     for cell in cells:
         state, line = cell_line(cell, found)
