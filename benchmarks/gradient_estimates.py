@@ -248,7 +248,8 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             axis.axhline(height, color="0.4", ls=["-", "--", ":", "-."][number % 4])
             axis.annotate(
                 row["estimator"],
-                (0.01, height),
+                # Side by side: several lie close together.
+                (0.01 + 0.19 * (number % 5), height),
                 xycoords=("axes fraction", "data"),
                 fontsize=6,
                 va="bottom",
@@ -264,9 +265,14 @@ def plot(table: pd.DataFrame, path: Path) -> None:
             title = f"{label}, against {reference}"
             draw(grid[line, column], part, kind, title, "Spearman's correlation")
     once = table.drop_duplicates(["estimator", "perturbations"])
+    # Beyond twice and a half the best there is nothing to choose between.
+    most = 2.5 * once.perplexity_mean.min()
+    beyond = sorted(once.estimator[once.perplexity_mean > most].unique())
     title = "without the lower half of the MLP channels of all layers but the outer two"
+    title += f"; above: {', '.join(beyond)}" if beyond else ""
+    once = once[~once.estimator.isin(beyond)]
     axis = draw(grid[-1, :], once, "perplexity", title, "perplexity")
-    axis.set_yscale("log")
+    axis.set_ylim(0.95 * once.perplexity_mean.min(), most)
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
     figure.savefig(path, dpi=110)
