@@ -13,7 +13,7 @@ import torch
 from conftest import TINY, tiny_config, tiny_model
 from test_statistics import two_layer_inputs, weights_hash
 
-from prunelib.checkpoint import WeightReader, load_model, mask_model, read_config
+from prunelib.checkpoint import WeightReader, load_model, mask_model, read_config, weight_files
 from prunelib.criteria.fms import fms_scores, gate_scores
 from prunelib.criteria.fold import fold
 from prunelib.errors import InputError, NonFiniteError
@@ -23,7 +23,14 @@ from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
 from prunelib.rules import Rule, Target
 from prunelib.selection import select
-from prunelib.statistics import activations, fms_direct, fms_gradients, perturbation, zeroth_order
+from prunelib.statistics import (
+    activations,
+    fms_direct,
+    fms_gradients,
+    layerwise,
+    perturbation,
+    zeroth_order,
+)
 from prunelib.statistics.estimator import Estimator
 from prunelib.statistics.fms import fms_sums, unit_parameters
 from prunelib.statistics.inputs import PassInputs
@@ -610,19 +617,40 @@ def test_streamed_layers_read_bf16_and_masked_units_as_loading_does(
     assert plain["loss"] != here["loss"]
 
 
-def test_two_blocks_at_most_are_in_memory(
+def test_one_block_is_in_memory_and_the_next_read_ahead(
     tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     streamed = StreamedLayers(tiny_checkpoint("llama"))
-    read: list[int] = []
-    plain = streamed._read_layer
-    monkeypatch.setattr(streamed, "_read_layer", lambda index: read.append(index) or plain(index))
+    read: list[list[str]] = []
+    ahead: list[int] = []
+    plain, fetch = streamed._read, streamed._prefetch
+    monkeypatch.setattr(streamed, "_read", lambda names: read.append(names) or plain(names))
+    monkeypatch.setattr(streamed, "_prefetch", lambda index: (ahead.append(index), fetch(index)))
     for index, _ in streamed.sweep(1):
         there = [not all(p.is_meta for p in layer.parameters()) for layer in streamed.modules]
         assert there == [i == index for i in range(4)]
-        assert max(read) <= index + 1
-    assert read == [1, 2, 3]
+        # Nothing is read before its turn.
+        assert [names[0].split(".")[2] for names in read] == [str(i) for i in range(1, index + 1)]
+    assert ahead == [2, 3]
     assert all(p.is_meta for p in streamed.modules.parameters())
+
+
+@pytest.mark.parametrize("buffer", [7, 1 << 22])
+def test_reading_ahead_touches_the_bytes_of_one_layer(
+    buffer: int, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    directory = tiny_checkpoint("llama")
+    monkeypatch.setattr(layerwise, "PREFETCH_BYTES", buffer)
+    streamed = StreamedLayers(directory)
+    (path,) = weight_files(directory)
+    whole, names = path.read_bytes(), streamed._names(2)
+    assert names[0].startswith("model.layers.2.")
+    for name in names:
+        start, stop = streamed._spans[name]
+        expected = streamed._read([name])[name]
+        assert whole[start:stop] == expected.numpy().tobytes()
+    spans = [streamed._spans[name] for name in names]
+    assert streamed._prefetch(2) == sum(stop - start for start, stop in spans) > 7
 
 
 # ------------------------------------------------------------------------------- refusals

@@ -161,10 +161,10 @@ def _zeroth_order(case: Case) -> Work:
     walks = 2 + math.ceil(count / together) * (model.layers * depth if by_layer else 1)
     if options["streamed"]:
         outer = model.parameters - model.layers * model.block
-        held = (outer + 2 * model.block) * item
-        device = (Term("weights outside the layers and two blocks", held, estimated=False),)
-        # A mapped layer while it is copied.
-        host = (Term("a layer on its way", 2 * model.block * model.item),)
+        held = (outer + model.block) * item
+        device = (Term("weights outside the layers and one block", held, estimated=False),)
+        # Mapped while it is copied.
+        host = (Term("a tensor on its way", 2 * model.largest * model.item),)
         seconds += walks * model.layers * model.block * model.item / GB / case.cluster.host.disk_gbs
     moved = 0.0
     device += (

@@ -1,13 +1,14 @@
 """Forward passes layer by layer: all windows go through a layer before the next one is touched.
 
 So one layer's weights suffice at a time. ``Layers`` takes them from a model in memory,
-``StreamedLayers`` from the files of a checkpoint, reading the next layer while this one computes.
+``StreamedLayers`` from the files of a checkpoint, bringing the next layer's part of them into the
+system's page cache while this one computes.
 Several streams of hidden states (other windows, or other weights) share one walk.
 """
 
 from __future__ import annotations
 
-from collections import deque
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -33,6 +34,10 @@ if TYPE_CHECKING:
     from prunelib.families.base import Family
     from prunelib.plan import Plan
     from prunelib.statistics.inputs import PassInputs
+
+
+# Of a file read ahead at a time.
+PREFETCH_BYTES = 1 << 22
 
 
 @dataclass(eq=False)
@@ -182,9 +187,10 @@ def layers_of(inputs: PassInputs) -> Layers:
 class StreamedLayers(Layers):
     """The decoder layers of a checkpoint whose weights are read when their turn comes.
 
-    Of the layers, the weights of the one at work and of the next are in memory; everything outside
-    the layers stays there. Tensors are copied out of the mapped file, which is closed after every
-    layer: pages of a file that stays mapped count as this process's.
+    Of the layers, only the weights of the one at work are in memory; everything outside the layers
+    stays there. Tensors are mapped one by one, copied and unmapped: mapped pages count as this
+    process's. What the next layer's tensors are read from is in the page cache by then, which the
+    system takes back when it needs the memory.
     """
 
     def __init__(
@@ -216,10 +222,14 @@ class StreamedLayers(Layers):
             artefact.verify(directory)
         family = family_of(self._config)
         self._where: dict[str, tuple[Path, str]] = {}
+        self._spans: dict[str, tuple[int, int]] = {}
         for path in weight_files(directory):
-            with safe_open(path, framework="pt") as file:
-                for stored in file.keys():  # noqa: SIM118 - not a mapping
-                    self._where[family.full_name(stored)] = (path, stored)
+            # Opening it checks the header.
+            with safe_open(path, framework="pt"):
+                spans = _spans(path)
+            for stored, span in spans.items():
+                name = family.full_name(stored)
+                self._where[name], self._spans[name] = (path, stored), span
         with init_empty_weights(include_buffers=False):
             model = build_model(self._config, lambda cls, parsed: cls(parsed))
         super().__init__(model.eval(), family)
@@ -240,25 +250,36 @@ class StreamedLayers(Layers):
         from safetensors import safe_open
 
         found: dict[str, torch.Tensor] = {}
-        by_file: dict[Path, list[tuple[str, str]]] = {}
         for name in names:
             path, stored = self._where[name]
-            by_file.setdefault(path, []).append((name, stored))
-        for path, wanted in by_file.items():
             with safe_open(path, framework="pt") as file:
-                for name, stored in wanted:
-                    tensor = file.get_tensor(stored).to(self._dtype, copy=True)
-                    # As load_model has it: rounded to bf16, computed with in fp32.
-                    kind = torch.float32 if self._device.type == "cpu" else self._dtype
-                    found[name] = tensor.to(self._device, kind)
+                tensor = file.get_tensor(stored).to(self._dtype, copy=True)
+            # As load_model has it: rounded to bf16, computed with in fp32.
+            kind = torch.float32 if self._device.type == "cpu" else self._dtype
+            found[name] = tensor.to(self._device, kind)
         if self._plan is not None:
             return dict(zero_tensors(found.items(), self.family, self._config, self._plan))
         return found
 
-    def _read_layer(self, index: int) -> dict[str, torch.Tensor]:
+    def _names(self, index: int) -> list[str]:
+        """Return the full names of a layer's parameters, in their order."""
         prefix = f"{self.family.layer_prefix}.{index}."
-        names = [prefix + name for name, _ in self.modules[index].named_parameters()]
-        return {name.removeprefix(prefix): tensor for name, tensor in self._read(names).items()}
+        return [prefix + name for name, _ in self.modules[index].named_parameters()]
+
+    def _prefetch(self, index: int) -> int:
+        """Read a layer's part of the files and keep nothing: it is in the page cache then.
+
+        Returns:
+            The number of bytes read. What cannot be read will say so when it is needed.
+        """
+        buffer, total = memoryview(bytearray(PREFETCH_BYTES)), 0
+        for name in self._names(index):
+            (path, _), (start, stop) = self._where[name], self._spans[name]
+            with path.open("rb", buffering=0) as file:
+                file.seek(start)
+                while start < stop and (count := file.readinto(buffer[: stop - start])):
+                    start, total = start + count, total + count
+        return total
 
     def sweep(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, layer) from ``start`` up to ``stop``, by default all that follow.
@@ -267,16 +288,29 @@ class StreamedLayers(Layers):
         """
         wanted = range(len(self.modules))[start:stop]
         with ThreadPoolExecutor(1) as pool:
-            read = deque([pool.submit(self._read_layer, wanted[0])])
             for index in wanted:
-                layer = self.modules[index]
-                _fill(layer, read.popleft().result())
+                layer, prefix = self.modules[index], f"{self.family.layer_prefix}.{index}."
+                read = self._read(self._names(index))
+                _fill(layer, {name.removeprefix(prefix): read.pop(name) for name in list(read)})
                 if index != wanted[-1]:
-                    read.append(pool.submit(self._read_layer, index + 1))
+                    pool.submit(self._prefetch, index + 1)
                 try:
                     yield index, layer
                 finally:
                     _fill(layer, {n: p.to("meta") for n, p in layer.named_parameters()})
+
+
+def _spans(path: Path) -> dict[str, tuple[int, int]]:
+    """Return where the tensors of a safetensors file begin and end: its header says it."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    data = 8 + size
+    return {
+        name: (data + entry["data_offsets"][0], data + entry["data_offsets"][1])
+        for name, entry in header.items()
+    }
 
 
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
