@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +12,13 @@ import numpy as np
 import pytest
 import torch
 from conftest import TINY, tiny_config, tiny_model
+from safetensors import safe_open
 from test_statistics import two_layer_inputs, weights_hash
 
 from prunelib.checkpoint import WeightReader, load_model, mask_model, read_config, weight_files
 from prunelib.criteria.fms import fms_scores, gate_scores
 from prunelib.criteria.fold import fold
-from prunelib.errors import InputError, NonFiniteError
+from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.families import family_of
 from prunelib.families.base import UnitKind, UnitSlice
 from prunelib.methods import create
@@ -643,14 +645,20 @@ def test_reading_ahead_touches_the_bytes_of_one_layer(
     monkeypatch.setattr(layerwise, "PREFETCH_BYTES", buffer)
     streamed = StreamedLayers(directory)
     (path,) = weight_files(directory)
-    whole, names = path.read_bytes(), streamed._names(2)
+    names = streamed._names(2)
     assert names[0].startswith("model.layers.2.")
-    for name in names:
-        start, stop = streamed._spans[name]
-        expected = streamed._read([name])[name]
-        assert whole[start:stop] == expected.numpy().tobytes()
-    spans = [streamed._spans[name] for name in names]
-    assert streamed._prefetch(2) == sum(stop - start for start, stop in spans) > 7
+    with safe_open(path, framework="pt") as file:
+        tensors = [file.get_tensor(name) for name in names]
+    read = streamed._read(names)
+    assert all(torch.equal(read[n], t) for n, t in zip(names, tensors, strict=True))
+    assert streamed._prefetch(2) == sum(tensor.nbytes for tensor in tensors) > 7
+
+
+def test_a_file_that_ends_early_is_named(tiny_checkpoint: Callable[[str], Path]) -> None:
+    streamed = StreamedLayers(tiny_checkpoint("llama"))
+    stored = streamed._stored[streamed._names(3)[-1]]
+    with pytest.raises(IntegrityError, match=r"model\.safetensors ends before its tensors do"):
+        replace(stored, start=stored.path.stat().st_size - 2).read()
 
 
 # ------------------------------------------------------------------------------- refusals

@@ -19,6 +19,7 @@ import torch
 
 from prunelib.checkpoint import build_model, read_config, weight_files
 from prunelib.device import resolve_device, resolve_dtype
+from prunelib.errors import IntegrityError
 from prunelib.families import family_of
 from prunelib.provenance import artefact
 from prunelib.statistics.batches import batches
@@ -36,6 +37,13 @@ if TYPE_CHECKING:
     from prunelib.statistics.inputs import PassInputs
 
 
+# The types of floating point weights in safetensors files.
+STORED_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+}
 # Of a file read ahead at a time.
 PREFETCH_BYTES = 1 << 22
 
@@ -178,6 +186,58 @@ class Layers:
         return [gradient for gradient, _ in pairs], sum(loss for _, loss in pairs)
 
 
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a safetensors file: where its bytes are, and what they say."""
+
+    path: Path
+    start: int
+    size: int
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+    def fill(self, buffer: memoryview, offset: int = 0) -> int:
+        """Fill ``buffer`` with bytes of the tensor; returns their number."""
+        done = 0
+        with self.path.open("rb", buffering=0) as file:
+            file.seek(self.start + offset)
+            while done < len(buffer) and (count := file.readinto(buffer[done:])):
+                done += count
+        return done
+
+    def read(self) -> torch.Tensor:
+        """Return the tensor in memory of its own.
+
+        Raises:
+            IntegrityError: the file ends before the tensor.
+        """
+        raw = torch.empty(self.size, dtype=torch.uint8)
+        buffer: Any = raw.numpy()
+        if self.fill(memoryview(buffer)) != self.size:
+            raise IntegrityError(f"{self.path} ends before its tensors do")
+        return raw.view(self.dtype).view(self.shape)
+
+
+def _stored_in(path: Path) -> dict[str, _Stored]:
+    """Return the tensors of a safetensors file by name: its header says where they are."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(size))
+    header.pop("__metadata__", None)
+    return {
+        name: _Stored(
+            path,
+            8 + size + entry["data_offsets"][0],
+            entry["data_offsets"][1] - entry["data_offsets"][0],
+            tuple(entry["shape"]),
+            STORED_DTYPES[entry["dtype"]],
+        )
+        for name, entry in header.items()
+        # Masks and positions of old checkpoints are no weights.
+        if entry["dtype"] in STORED_DTYPES
+    }
+
+
 def layers_of(inputs: PassInputs) -> Layers:
     """Return the layers that a pass is given, or those of the model in memory."""
     model = inputs.model
@@ -188,9 +248,9 @@ class StreamedLayers(Layers):
     """The decoder layers of a checkpoint whose weights are read when their turn comes.
 
     Of the layers, only the weights of the one at work are in memory; everything outside the layers
-    stays there. Tensors are mapped one by one, copied and unmapped: mapped pages count as this
-    process's. What the next layer's tensors are read from is in the page cache by then, which the
-    system takes back when it needs the memory.
+    stays there. Tensors are read, not mapped: pages of a mapped file count as this process's. The
+    next layer's part of the files is in the page cache by then, which the system takes back when
+    it needs the memory.
     """
 
     def __init__(
@@ -221,15 +281,13 @@ class StreamedLayers(Layers):
         if (directory / artefact.RECORD).is_file():
             artefact.verify(directory)
         family = family_of(self._config)
-        self._where: dict[str, tuple[Path, str]] = {}
-        self._spans: dict[str, tuple[int, int]] = {}
+        self._stored: dict[str, _Stored] = {}
         for path in weight_files(directory):
             # Opening it checks the header.
             with safe_open(path, framework="pt"):
-                spans = _spans(path)
-            for stored, span in spans.items():
-                name = family.full_name(stored)
-                self._where[name], self._spans[name] = (path, stored), span
+                self._stored |= {
+                    family.full_name(name): tensor for name, tensor in _stored_in(path).items()
+                }
         with init_empty_weights(include_buffers=False):
             model = build_model(self._config, lambda cls, parsed: cls(parsed))
         super().__init__(model.eval(), family)
@@ -247,13 +305,9 @@ class StreamedLayers(Layers):
 
     def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
         """Return tensors by full name, in memory of their own."""
-        from safetensors import safe_open
-
         found: dict[str, torch.Tensor] = {}
         for name in names:
-            path, stored = self._where[name]
-            with safe_open(path, framework="pt") as file:
-                tensor = file.get_tensor(stored).to(self._dtype, copy=True)
+            tensor = self._stored[name].read().to(self._dtype)
             # As load_model has it: rounded to bf16, computed with in fp32.
             kind = torch.float32 if self._device.type == "cpu" else self._dtype
             found[name] = tensor.to(self._device, kind)
@@ -274,11 +328,9 @@ class StreamedLayers(Layers):
         """
         buffer, total = memoryview(bytearray(PREFETCH_BYTES)), 0
         for name in self._names(index):
-            (path, _), (start, stop) = self._where[name], self._spans[name]
-            with path.open("rb", buffering=0) as file:
-                file.seek(start)
-                while start < stop and (count := file.readinto(buffer[: stop - start])):
-                    start, total = start + count, total + count
+            stored = self._stored[name]
+            for start in range(0, stored.size, PREFETCH_BYTES):
+                total += stored.fill(buffer[: stored.size - start], start)
         return total
 
     def sweep(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
@@ -298,19 +350,6 @@ class StreamedLayers(Layers):
                     yield index, layer
                 finally:
                     _fill(layer, {n: p.to("meta") for n, p in layer.named_parameters()})
-
-
-def _spans(path: Path) -> dict[str, tuple[int, int]]:
-    """Return where the tensors of a safetensors file begin and end: its header says it."""
-    with path.open("rb") as file:
-        size = int.from_bytes(file.read(8), "little")
-        header = json.loads(file.read(size))
-    header.pop("__metadata__", None)
-    data = 8 + size
-    return {
-        name: (data + entry["data_offsets"][0], data + entry["data_offsets"][1])
-        for name, entry in header.items()
-    }
 
 
 def _fill(module: nn.Module, tensors: dict[str, torch.Tensor]) -> None:
