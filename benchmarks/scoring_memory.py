@@ -11,9 +11,9 @@ Over the same calibration windows, each in a fresh process:
 
 Weights are copied out of the mapped file. Memory is the peak resident memory (VmHWM, reset after
 loading), above what is resident with the weights loaded and above the interpreter with its
-imports. Limits on time hold the fastest repeat's CPU seconds, which suffer less from what else the
-machine does than wall time; streamed layers read in a thread of the same process, whose CPU time
-counts. Models: those of ``scoring.py``; the large one is written to a temporary directory (4.4 GB).
+imports. Limits on time hold the fastest repeat's, on the clock and as CPU seconds, which suffer
+less from what else the machine does but count threads that wait for each other. Models: those of
+``scoring.py``; the large one is written to a temporary directory (4.4 GB).
 
     python benchmarks/scoring_memory.py            # on the newest fetched model and text
     python benchmarks/scoring_memory.py --large
@@ -209,7 +209,12 @@ def report(options: argparse.Namespace) -> int:
             found["streamed"]["whole_bytes"] / room,
             1.0,
         ),
-        ("streamed / mini_llm, time", cpu["streamed"] / cpu["mini_llm"], MOST_TIME),
+        ("streamed / mini_llm, CPU time", cpu["streamed"] / cpu["mini_llm"], MOST_TIME),
+        (
+            "streamed / mini_llm, time",
+            min(found["streamed"]["seconds"]) / min(found["mini_llm"]["seconds"]),
+            MOST_TIME,
+        ),
     ]
     for line, value, most in claims:
         print(f"{'pass' if value <= most else 'FAIL'}  {line}: {value:.3f} <= {most}")
