@@ -36,8 +36,6 @@ def reporting_errors(name: str) -> Callable[[Callable[..., int]], Callable[..., 
             except PrunelibError as error:
                 print(f"error: {name}: {error}", file=sys.stderr)
                 return error.exit_code
-            except BrokenPipeError:
-                raise
             except OSError as error:
                 print(f"error: {name}: {error}", file=sys.stderr)
                 return 1

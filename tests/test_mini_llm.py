@@ -651,6 +651,9 @@ def test_reading_ahead_touches_the_bytes_of_one_layer(
         tensors = [file.get_tensor(name) for name in names]
     read = streamed._read(names)
     assert all(torch.equal(read[n], t) for n, t in zip(names, tensors, strict=True))
+    stored, part = streamed._stored[names[0]], bytearray(12)
+    assert stored.fill(memoryview(part), 8) == 12
+    assert part == tensors[0].numpy().tobytes()[8:20]
     assert streamed._prefetch(2) == sum(tensor.nbytes for tensor in tensors) > 7
 
 

@@ -39,7 +39,11 @@ def _autocast(model: PreTrainedModel, device: torch.device) -> Any:
 
 
 def check_head(model: PreTrainedModel) -> None:
-    """Refuse a model whose logits are more than its output layer (soft caps, scales)."""
+    """Refuse a model whose logits are more than its output layer (soft caps, scales).
+
+    Raises:
+        InputError: it is one; names its type.
+    """
     import torch
 
     inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
@@ -71,6 +75,20 @@ def train_step(
     """Do one optimiser step over ``batches``; return its mean loss in nats per target.
 
     Each process goes through its share of the batches; loss and gradients are those of all.
+
+    Args:
+        model: in training mode.
+        trainable: what is trained, by name.
+        optimiser: of these parameters.
+        batches: micro-batches, token ids int64 [sequences, length] each.
+        recipe: names the norm that gradients are clipped to.
+        device: of the model's input.
+        number: of the step, for messages.
+        kept: what is still valid after a failure, for messages.
+        processes: that share the batches.
+
+    Raises:
+        NonFiniteError: the loss or a gradient is NaN or infinite; names the parameter.
     """
     import torch
 
