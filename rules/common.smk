@@ -80,6 +80,18 @@ def start_again():
     os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])
 
 
+def no_default_limit():
+    """Take away the limit of 100 submissions a second that Snakemake sets where none is asked for.
+
+    While jobs wait, every round of the scheduler starts a timer for another round a second later,
+    and every job that ends starts a round: they add up, and after some hundred jobs the scheduler
+    takes a quarter of a core. A limit that was asked for stays.
+    """
+    limiter = workflow.scheduler.job_rate_limiter
+    if limiter is not None and (limiter.max_jobs, limiter.timespan) == (100, 1):
+        workflow.scheduler.job_rate_limiter = None
+
+
 def start_fork_server():
     """Start the process that local steps are forked from; it ends with this one."""
     import socket
@@ -101,6 +113,7 @@ def start_fork_server():
 onstart:
     gc.freeze()
     gc.enable()
+    no_default_limit()
     # Here, not at the top: a plan, and every job on a node, read this file and start nothing.
     from prunelib.cluster import watch
     from prunelib.cluster.orphans import settle

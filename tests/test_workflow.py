@@ -112,6 +112,18 @@ def test_nothing_is_left_to_do(finished: Path) -> None:
     assert records(finished) == before
 
 
+def test_the_scheduler_sleeps_while_steps_run(project: Path) -> None:
+    """It looks for work once at the start and once for every step that ends."""
+    shutil.rmtree(project / "results" / "perplexity")
+    run = snakemake(project, "--cores", "1", "--verbose")
+    assert run.returncode == 0, run.stderr[-3000:]
+    lines = (run.stdout + run.stderr).splitlines()
+    ended = sum(line.startswith("Finished jobid") for line in lines)
+    rounds = sum(line.startswith("Resources before job selection") for line in lines)
+    assert ended == 7 + 2
+    assert 0 < rounds <= 1 + ended
+
+
 def test_file_times_and_snakemake_s_metadata_do_not_matter(project: Path) -> None:
     shutil.rmtree(project / ".snakemake")
     for number, path in enumerate(sorted((project / "results").rglob("*"))):
