@@ -6,6 +6,7 @@ Over the same calibration windows, each in a fresh process:
 * ``mini_llm``: gradients estimated along a few directions of all weights (``zeroth_order``);
 * ``streamed``: the same with layers read from the checkpoint when their turn comes;
 * ``gates``: along directions of one factor per unit;
+* ``direct``: gradients along the residual stream alone (``fms_direct``), two forward passes;
 * ``backward``: one loss and one backward pass that keeps the gradients of all weights;
 * ``first``: the pass with true gradients, a layer at a time (``fms_gradients``).
 
@@ -43,7 +44,7 @@ if TYPE_CHECKING:
 
     import torch
 
-PASSES = ("forward", "mini_llm", "streamed", "gates", "backward", "first")
+PASSES = ("forward", "mini_llm", "streamed", "gates", "direct", "backward", "first")
 MOST_MEMORY = 1.05
 MOST_TIME = 1.1
 
@@ -62,7 +63,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
 
     from prunelib.checkpoint import load_model, read_config
     from prunelib.families import family_of
-    from prunelib.statistics import fms_gradients, zeroth_order
+    from prunelib.statistics import fms_direct, fms_gradients, zeroth_order
     from prunelib.statistics.inputs import PassInputs
 
     config = read_config(options.model)
@@ -102,6 +103,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         "mini_llm": estimate,
         "streamed": estimate,
         "gates": lambda windows: estimate(windows, perturbation="gates"),
+        "direct": lambda w: fms_direct.collect(PassInputs(model, family, config, w, len(w))),
         "backward": backward,
         "first": lambda w: fms_gradients.collect(PassInputs(model, family, config, w, len(w))),
     }[options.worker]
@@ -202,6 +204,11 @@ def report(options: argparse.Namespace) -> int:
         (
             "mini_llm / forward with loss, memory",
             found["mini_llm"]["peak_bytes"] / one["peak_bytes"],
+            MOST_MEMORY,
+        ),
+        (
+            "direct / forward with loss, memory",
+            found["direct"]["peak_bytes"] / one["peak_bytes"],
             MOST_MEMORY,
         ),
         (
