@@ -54,12 +54,15 @@ def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
     norms: dict[str, torch.Tensor] = {}
     for index, layer in layers.sweep():
         products = _products(layers, index, layer, start, names, upstream)
-        for name, (gradient, squares) in products.items():
+        while products:
+            # None of it is there any more when the next layer's is put together.
+            name, (gradient, squares) = products.popitem()
             place = f"{index}.{name}"
             norms[place] = squares.sqrt().cpu()
-            product = gradient.mul_(layer.get_parameter(name).detach())
-            columns = rows_and_columns(place, product)[f"{place}.columns"]
-            reduced = fms_sums(place, product, norms[place])
+            gradient.mul_(layer.get_parameter(name).detach())
+            columns = rows_and_columns(place, gradient)[f"{place}.columns"]
+            reduced = fms_sums(place, gradient, norms[place])
+            del gradient
             for kind, part in gates.items():
                 if part.parameter == name:
                     reduced[f"{index}.{kind}.gate"] = fold_columns(columns, part)

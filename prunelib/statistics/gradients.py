@@ -291,6 +291,32 @@ def _known_product(
     return product
 
 
+class _CrossEntropy(torch.autograd.Function):
+    """Cross-entropy summed over rows, with its gradient in the place of the logits.
+
+    torch's own holds four tensors of that size: logits, log-softmax and the gradients of both.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """Return the loss [] of ``logits`` [rows, classes], overwritten; ``labels`` [rows]."""
+        rows = torch.arange(len(labels), device=labels.device)
+        # First, so that the sum's logarithm is rounded as a number near zero.
+        logits.sub_(logits.amax(-1, keepdim=True))
+        chosen = logits[rows, labels]
+        total = logits.logsumexp(-1)
+        gradient = logits.sub_(total[:, None]).exp_()
+        gradient[rows, labels] -= 1
+        ctx.save_for_backward(gradient)
+        return (total - chosen).sum()
+
+    @staticmethod
+    def backward(ctx: Any, *upstream: torch.Tensor) -> tuple[torch.Tensor, None]:
+        """Return the gradient of the logits [rows, classes]."""
+        (gradient,) = ctx.saved_tensors
+        return gradient.mul_(upstream[0]), None
+
+
 def _head_shares(
     model: PreTrainedModel, family: Family, hidden: torch.Tensor, ids: torch.Tensor, targets: int
 ) -> Iterator[tuple[slice, torch.Tensor, torch.Tensor]]:
@@ -308,12 +334,7 @@ def _head_shares(
         leaf = flat[part].detach().requires_grad_()
         with torch.enable_grad():
             logits = head(norm(leaf)).float()
-            share = (
-                torch.nn.functional.cross_entropy(
-                    logits, labels[part].to(logits.device), reduction="sum"
-                )
-                / targets
-            )
+            share = _CrossEntropy.apply(logits, labels[part].to(logits.device)) / targets
         yield part, leaf, share
 
 
