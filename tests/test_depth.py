@@ -163,20 +163,20 @@ def test_greedy_with_cached_prefixes_equals_naive(part: str, batch: int) -> None
     once = removal.collect(
         PassInputs(model, family_of(config), config, WINDOWS, 6), part=part, seed=0
     )
-    assert order != (1 + once["loss_without"][1:7].argsort())[:4].tolist() or part != "block"
+    assert order != (1 + once["loss_without"][1:7].argsort())[:4].tolist()
     losses = [plain_loss(model, part, order[: i + 1]) for i in range(4)]
     assert found["loss_when_removed"].tolist() == pytest.approx(losses, rel=1e-6)
 
 
 def test_greedy_computes_few_blocks() -> None:
     """In units of blocks times windows; the naive loop runs every candidate in full."""
-    count, removals = 16, 8
+    count, removals = 30, 3
     model, config = deep_model(count)
     layers = Layers(model, family_of(config))
     stream = layers.begin(WINDOWS, 6)
     greedy.greedy_order(layers, stream, "block", range(1, count - 1), removals)
     naive = sum((count - 2 - k) * (count - 1 - k) for k in range(removals)) * len(WINDOWS)
-    assert layers.windows_passed <= 0.6 * naive
+    assert layers.windows_passed <= 0.55 * naive
 
 
 def test_greedy_gives_up_candidates() -> None:
@@ -742,15 +742,11 @@ def test_collapse_equals_the_plain_algorithm() -> None:
     for threshold, count, interval in ((-1, 3, 1), (-1, 3, 2), (0.1, 3, 1), (0.999, 3, 1)):
         current, place, similarities = model, 8 - count, []
         while place >= 1:
-            k = min(count, len(current.model.layers) - place)
-            if k > 1:
-                trial = merged_by_hand(current, place, k)
-                value = torch.nn.functional.cosine_similarity(final(trial), final(model)).mean()
-            if k > 1 and value > threshold:
+            trial = merged_by_hand(current, place, min(count, len(current.model.layers) - place))
+            value = torch.nn.functional.cosine_similarity(final(trial), final(model)).mean()
+            if value > threshold:
                 current, place = trial, place - interval
                 similarities.append(value.item())
-                if place >= len(current.model.layers):
-                    place = len(current.model.layers) - 1 - count
             else:
                 place -= 1
         found = laco.collect(
@@ -764,6 +760,18 @@ def test_collapse_equals_the_plain_algorithm() -> None:
     assert weights_hash(model) == before
     assert len(outcomes) >= 3
     assert 0 in outcomes
+
+
+@pytest.mark.parametrize(("lowest", "highest"), [(0, 9), (0, 11), (0, 2), (-1, None), (6, None)])
+def test_merges_of_layers_that_a_model_has_not_are_refused(
+    lowest: int, highest: int | None
+) -> None:
+    model, config = deep_model(9)
+    with pytest.raises(InputError, match=r"has layers 0\.\.8"):
+        laco.collect(
+            PassInputs(model, family_of(config), config, WINDOWS, 6), layers_per_merge=3,
+            interval=1, lowest=lowest, highest=highest, threshold=-1, sentences=1, seed=0,
+        )  # fmt: skip
 
 
 def test_more_than_the_threshold_allows_is_refused() -> None:
