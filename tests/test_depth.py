@@ -220,6 +220,19 @@ def test_a_loss_that_is_not_finite_is_named() -> None:
         )
 
 
+@pytest.mark.parametrize(("index", "bad"), [(2, "loss"), (0, "distance of logits")])
+def test_what_is_not_finite_of_a_coalition_is_named(index: int, bad: str) -> None:
+    """Without block 0 the model has a loss or none; the whole one has none."""
+    model, config = deep_model(4)
+    with torch.no_grad():
+        model.model.layers[index].mlp.down_proj.weight[0, 0] = torch.nan
+    with pytest.raises(NonFiniteError, match=rf"the {bad} without block \[0\] is nan"):
+        coalitions.collect(
+            PassInputs(model, family_of(config), config, WINDOWS, 6),
+            part="block", scheme="leave_one_out", draws=1, kept=0.5, seed=0,
+        )  # fmt: skip
+
+
 def statistics_of(method: Any, model: Any, config: dict[str, Any]) -> dict[str, Any]:
     """Run the passes that a method asks for."""
     import importlib
@@ -352,6 +365,27 @@ def test_first_four_and_last_two_blocks_stay() -> None:
     assert order_scores([2, 0], 4).tolist() == [1, 7, 0, 5]
 
 
+@pytest.mark.parametrize("remove", ["block", "attention", "mlp"])
+def test_random_units_are_those_of_the_seed(remove: str) -> None:
+    """As many as the target says, the same of one seed, and every one of some seed."""
+    config = tiny_config("llama") | {"num_hidden_layers": 12}
+    family = family_of(config)
+    method = create("random_blocks", {"remove": remove})
+    assert method.seeded
+    assert not method.statistics
+
+    def removed(seed: int) -> tuple[int, ...]:
+        inputs = ScoringInputs(family, config, {}.__getitem__, {}, seed)
+        plan = select(method.scores(inputs), family, config, Target("blocks", 3), method.rule(), {})
+        return plan.removed_blocks if remove == "block" else plan.skipped[remove]
+
+    found = [removed(seed) for seed in range(20)]
+    assert found == [removed(seed) for seed in range(20)]
+    assert {len(set(units)) for units in found} == {3}
+    assert len(set(found)) > 15
+    assert {unit for units in found for unit in units} == set(range(12))
+
+
 @pytest.mark.parametrize(
     ("method", "parameters", "message"),
     [
@@ -427,27 +461,36 @@ def test_values_of_coalitions_against_exact_enumeration() -> None:
         absent_minus_present(np.ones((3, 4)), np.ones(3))
 
 
-def walked_blocks(run: Callable[[Layers, Any], Any], layers: int) -> float:
-    """Blocks that a walk goes through, those without a part counted in full."""
-    model, config = deep_model(layers)
+# No merge is kept, so that every layer is tried.
+MERGES = {"lowest": 0, "highest": None, "interval": 1, "sentences": 6}
+
+
+@pytest.mark.parametrize(
+    ("collector", "options"),
+    [
+        (removal, {"part": "mlp"}),
+        (greedy, {"part": "mlp", "most": 0.5, "keep_first": 0, "keep_last": 0}),
+        (coalitions, {"part": "mlp", "scheme": "leave_one_out", "draws": 1, "kept": 0.5}),
+        (coalitions, {"part": "mlp", "scheme": "subsets", "draws": 20, "kept": 0.5}),
+        (coalitions, {"part": "mlp", "scheme": "chains", "draws": 3, "kept": 0.5}),
+        (laco, {"layers_per_merge": 2, "threshold": 2.0} | MERGES),
+        (updates, {}),
+        (emulation, {"rank": 2}),
+    ],
+)
+def test_resources_count_the_blocks_of_the_passes(
+    collector: Any, options: dict[str, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The estimate bounds what is computed, and not by much; without an MLP a block counts."""
+    model, config = deep_model(8)
     walked = Layers(model, family_of(config))
-    run(walked, walked.begin(WINDOWS, 6))
-    return walked.windows_passed / len(WINDOWS)
-
-
-def test_resources_count_the_blocks_of_the_passes() -> None:
-    """The estimate bounds what is computed, and not by much."""
-    cases: list[tuple[str, dict[str, Any], Callable[[Layers, Any], Any]]] = [
-        ("removal", {}, lambda layers, stream: removal.one_at_a_time(layers, stream, "mlp")),
-        (
-            "greedy",
-            {"most": 0.5},
-            lambda layers, stream: greedy.greedy_order(layers, stream, "mlp", range(8), 4),
-        ),
-    ]
-    for name, options, run in cases:
-        expected = scoring_work.DEPTH_PASSES[name](8, options).blocks
-        assert 0.6 * expected <= walked_blocks(run, 8) <= expected, name
+    monkeypatch.setattr(collector, "Layers", lambda *_: walked)
+    seed = {"seed": 0} if options else {}
+    collector.collect(PassInputs(model, family_of(config), config, WINDOWS, 6), **options, **seed)
+    name = collector.__name__.rpartition(".")[2]
+    expected = scoring_work.DEPTH_PASSES[name](8, options).blocks
+    blocks = walked.windows_passed / len(WINDOWS)
+    assert 0.6 * expected <= blocks <= expected
 
 
 def test_values_of_coalitions_are_those_of_the_models() -> None:
@@ -631,6 +674,7 @@ LACO = {"layers_per_merge": 3, "threshold": -1.0, "interval": 1}
     [
         ("sleb", {"most": 0.5}),
         ("sleb", {"remove": "attention"}),
+        ("random_blocks", {"remove": "attention"}),
         ("shortened_llama", {"keep_first": 1, "keep_last": 1}),
         ("shortened_llama", {"criterion": "taylor", "remove": "mlp", "keep_first": 0}),
         ("deeper_look", {"metric": "relative_l1"}),
@@ -993,6 +1037,11 @@ def test_experiments_plan(name: str) -> None:
     problems = experiment.preflight()
     assert all("the revision is not pinned" in problem for problem in problems)
     assert bool(problems) != name.startswith("study_")
+    assert all(
+        (cell.method == "random_blocks") == (cell.control == "random")
+        for cell in experiment.cells
+        if cell.target and cell.method != "random"
+    )
     # Seeds change nothing here.
     cells = [cell for cell in experiment.cells if cell.seed in (None, 0)]
     nodes = closure(node for cell in cells for node in cell.steps.values())
