@@ -19,6 +19,7 @@ merged layer's matrices exist while it computes.
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -149,7 +150,7 @@ def _similarity(
         for a, b in zip(_final(layers, stream), wanted, strict=True)
     ]
     mean = float(torch.cat(cosines).mean())
-    if not mean - mean == 0:
+    if not math.isfinite(mean):
         raise NonFiniteError(f"laco: final hidden states are not finite with layers {rest} left")
     return mean
 
