@@ -31,6 +31,9 @@ from prunelib.rules import Target
 from prunelib.selection import check_reachable
 from prunelib.statistics import WITHIN
 
+# Methods that choose at random: controls of all others.
+RANDOM_METHODS = ("random", "random_blocks")
+
 
 @dataclass(frozen=True, eq=False)
 class Cell:
@@ -596,7 +599,8 @@ class Experiment:
 
     def _pruned(self, model: str, variant: str, target: Target) -> list[Cell]:
         method = self.methods[variant]
-        control = "random" if self.catalogues["methods"][variant]["method"] == "random" else None
+        registered = self.catalogues["methods"][variant]["method"]
+        control = "random" if registered in RANDOM_METHODS else None
         cells = []
         seeds = self.data["seeds"]
         for number, seed in enumerate(seeds):

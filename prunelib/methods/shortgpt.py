@@ -11,7 +11,7 @@ import numpy as np
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.methods.base import Method, ScoringInputs
-from prunelib.plan import PARTS
+from prunelib.rules import DEPTH_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,9 +78,9 @@ class ShortGpt(BlockInfluence):
 }"""
 
     def __post_init__(self) -> None:
-        if self.remove not in ("block", *PARTS):
+        if self.remove not in DEPTH_KINDS:
             raise InputError(
-                f"remove {self.remove!r} is unknown; allowed: block, {', '.join(PARTS)}"
+                f"remove {self.remove!r} is unknown; allowed: {', '.join(DEPTH_KINDS)}"
             )
 
     @property

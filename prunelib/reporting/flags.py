@@ -58,7 +58,9 @@ def _accuracies(cell: Cell) -> dict[str, tuple[float, float]]:
 
 def _is_random(report: Report, cell: Cell) -> bool:
     registered = report.methods.get(cell.method, {}).get("method")
-    return cell.control == "random" or (cell.control is None and registered == "random")
+    return cell.control == "random" or (
+        cell.control is None and registered in ("random", "random_blocks")
+    )
 
 
 def _is_pruned(cell: Cell) -> bool:

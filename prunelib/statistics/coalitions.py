@@ -64,7 +64,7 @@ def collect(
 
     Raises:
         InputError: the part or the scheme is unknown, or the part cannot be removed alone.
-        NonFiniteError: a loss is NaN or infinite.
+        NonFiniteError: a loss or a distance is NaN or infinite; says which.
     """
     check_unit(inputs.family, inputs.config, part)
     layers = Layers(inputs.model, inputs.family)
@@ -83,8 +83,9 @@ def collect(
         stream = prefix.branch()
         advance(layers, stream, part, gone, place)
         loss, distance = _compare(layers, stream, whole)
-        if not math.isfinite(loss + distance):
-            raise NonFiniteError(f"coalitions: the loss without {part} {gone} is {loss}")
+        for name, value in (("loss", loss), ("distance of logits", distance)):
+            if not math.isfinite(value):
+                raise NonFiniteError(f"coalitions: the {name} without {part} {gone} is {value}")
         found[:, number] = loss, distance
     return {
         "present": torch.from_numpy(present.astype(np.uint8)),

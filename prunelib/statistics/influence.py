@@ -16,6 +16,7 @@ All windows go through a layer before the next; in between, hidden states are al
 from __future__ import annotations
 
 import logging
+import math
 from collections.abc import Collection
 from typing import TYPE_CHECKING
 
@@ -90,6 +91,6 @@ def _influences(
             flat = y.to(x.device).reshape(-1, y.shape[-1])
             cosine += float(block_cosines(x.reshape(-1, x.shape[-1]), flat))
         found[index] = 1 - cosine / tokens
-        if not found[index] - found[index] == 0:
+        if not math.isfinite(found[index]):
             raise NonFiniteError(f"influence: hidden states at layer {index} are not finite")
     return found

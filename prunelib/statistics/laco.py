@@ -19,6 +19,7 @@ merged layer's matrices exist while it computes.
 from __future__ import annotations
 
 import logging
+import math
 from functools import partial
 from typing import TYPE_CHECKING, Any, cast
 
@@ -69,7 +70,7 @@ def collect(
     layers = Layers(inputs.model, inputs.family)
     count = len(layers.modules)
     highest = count - 1 if highest is None else highest
-    if not 0 <= lowest <= highest - layers_per_merge < count:
+    if not (0 <= lowest <= highest - layers_per_merge and highest < count):
         raise InputError(
             f"lowest {lowest}, highest {highest}, layers_per_merge {layers_per_merge}: the model "
             f"has layers 0..{count - 1}, and the first merge begins layers_per_merge below highest"
@@ -87,24 +88,19 @@ def collect(
     place, tried = highest - layers_per_merge, 0
     while place >= lowest:
         gone = alive[place + 1 : place + layers_per_merge]
-        kept = False
-        if gone:
-            tried += 1
-            merged = merged_layers([*order, *gone], [*bases, *[alive[place]] * len(gone)])
-            rest = [index for index in alive[place:] if index not in gone]
-            similarity = _similarity(
-                layers, prefixes[place].branch(), rest, merged, inputs.config, wanted
-            )
-            kept = similarity > threshold
-            logger.info("layers %s into %d: %.4f", gone, alive[place], similarity)
-        if kept:
+        tried += 1
+        merged = merged_layers([*order, *gone], [*bases, *[alive[place]] * len(gone)])
+        rest = [index for index in alive[place:] if index not in gone]
+        similarity = _similarity(
+            layers, prefixes[place].branch(), rest, merged, inputs.config, wanted
+        )
+        logger.info("layers %s into %d: %.4f", gone, alive[place], similarity)
+        if similarity > threshold:
             order += gone
             bases += [alive[place]] * len(gone)
             similarities.append(similarity)
             del alive[place + 1 : place + 1 + len(gone)]
             place -= interval
-            if place >= len(alive):
-                place = len(alive) - 1 - layers_per_merge
         else:
             place -= 1
     return {
@@ -154,7 +150,7 @@ def _similarity(
         for a, b in zip(_final(layers, stream), wanted, strict=True)
     ]
     mean = float(torch.cat(cosines).mean())
-    if not mean - mean == 0:
+    if not math.isfinite(mean):
         raise NonFiniteError(f"laco: final hidden states are not finite with layers {rest} left")
     return mean
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families.modeling_shared import remove_part
-from prunelib.plan import PARTS
+from prunelib.rules import DEPTH_KINDS
 from prunelib.statistics.layerwise import Layers, Stream
 
 if TYPE_CHECKING:
@@ -22,8 +22,6 @@ if TYPE_CHECKING:
 
     from prunelib.families.base import Config, Family
 
-UNITS = ("block", *PARTS)
-
 
 def check_unit(family: Family, config: Config, part: str) -> None:
     """Refuse what cannot be removed alone.
@@ -31,8 +29,8 @@ def check_unit(family: Family, config: Config, part: str) -> None:
     Raises:
         InputError: the part is unknown, or this architecture does not allow it.
     """
-    if part not in UNITS:
-        raise InputError(f"part {part!r} is unknown; allowed: {', '.join(UNITS)}")
+    if part not in DEPTH_KINDS:
+        raise InputError(f"part {part!r} is unknown; allowed: {', '.join(DEPTH_KINDS)}")
     if part != "block":
         family.check_parts(config, part)
 
