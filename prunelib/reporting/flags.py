@@ -56,13 +56,6 @@ def _accuracies(cell: Cell) -> dict[str, tuple[float, float]]:
     return found
 
 
-def _is_random(report: Report, cell: Cell) -> bool:
-    registered = report.methods.get(cell.method, {}).get("method")
-    return cell.control == "random" or (
-        cell.control is None and registered in ("random", "random_blocks")
-    )
-
-
 def _is_pruned(cell: Cell) -> bool:
     return cell.target is not None and cell.control != "prune_zero"
 
@@ -107,12 +100,12 @@ def worse_than_random(report: Report, cell: Cell) -> list[Flag]:
 
     The reference is the median over the random seeds: one unlucky channel can multiply a mean.
     """
-    if not _is_pruned(cell) or _is_random(report, cell):
+    if not _is_pruned(cell) or cell.control == "random":
         return []
     candidates = [
         members
         for members in report.groups.values()
-        if _is_random(report, members[0])
+        if members[0].control == "random"
         and (members[0].model, members[0].recovery) == (cell.model, cell.recovery)
     ]
     random = same_budget(report, cell, candidates)
