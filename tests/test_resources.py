@@ -399,6 +399,16 @@ def test_gradients_from_forward_passes_by_hand(cluster: Cluster) -> None:
         )
         for count in (1, 2, 3)
     }
+    # Layer by layer: of 32 layers 16.5 are left on average, and every start reads its own way on;
+    # only the layer that moves is drawn.
+    by_layer = scoring_work.statistics_work(
+        Case(zeroth_order("smollm2-135m", STUDY, perturbations=2, scope="layer"), cluster, None)
+    )
+    whole = scoring_work.statistics_work(
+        Case(zeroth_order("smollm2-135m", STUDY, perturbations=2), cluster, None)
+    )
+    assert by_layer.flops / whole.flops == pytest.approx((2 + 4 * 15.5) / (2 + 4))
+    assert by_layer.host_seconds == whole.host_seconds > 0
     # Two passes for every direction more.
     assert work[3].flops - work[2].flops == work[2].flops - work[1].flops
     assert work[2].flops / work[1].flops == pytest.approx(6 / 4)

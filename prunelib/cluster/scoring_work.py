@@ -158,12 +158,13 @@ def _zeroth_order(case: Case) -> Work:
     depth = (model.layers + 1) / 2 if by_layer else 1
     gates = options["perturbation"] == "gates"
     device, host, seconds = loaded(case, model.parameters)
-    walks = 2 + math.ceil(count / together) * (model.layers * depth if by_layer else 1)
+    # Layer by layer every group of directions goes through what follows, from every layer.
+    walks = 2 + math.ceil(count / together) * depth + by_layer
     if options["streamed"]:
         outer = model.parameters - model.layers * model.block
         held = (outer + model.block) * item
         device = (Term("weights outside the layers and one block", held, estimated=False),)
-        # Mapped while it is copied.
+        # As it is stored, and in the type it is computed with.
         host = (Term("a tensor on its way", 2 * model.largest * model.item),)
         seconds += walks * model.layers * model.block * model.item / GB / case.cluster.host.disk_gbs
     moved = 0.0
@@ -180,7 +181,7 @@ def _zeroth_order(case: Case) -> Work:
     )
     if not gates:
         device += (Term("a moved matrix, its estimate and product", model.largest * (item + 8)),)
-        drawn = count * model.layers * model.block * (sides * depth + 1)
+        drawn = count * model.layers * model.block * (sides + 1)
         if case.on_gpu:
             moved = drawn * (8 + 2 * item)
         else:

@@ -41,7 +41,8 @@ class FeatureMapSensitivity(Method):
 
     def __post_init__(self) -> None:
         for name, allowed in (
-            ("aggregation", self.aggregations),
+            # A gate is one number, with nothing to combine.
+            ("aggregation", (type(self).aggregation,) if self.gates else self.aggregations),
             ("activation", (False, True) if self.gates else (True,)),
         ):
             value = getattr(self, name)

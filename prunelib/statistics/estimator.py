@@ -68,5 +68,7 @@ class Estimator:
                 raise InputError(f"{name} {value!r} given; a whole number from {least} allowed")
         if not 0 < self.epsilon < 1:
             raise InputError(f"epsilon {self.epsilon!r} given; between 0 and 1 allowed")
+        if self.rank != Estimator.rank and self.perturbation != "low_rank":
+            raise InputError(f"rank {self.rank!r} given; it is of perturbation low_rank alone")
         if self.fresh and not self.minibatch:
             raise InputError("fresh needs a minibatch; minibatch 0 given, from 1 allowed")

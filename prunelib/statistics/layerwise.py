@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -271,7 +271,8 @@ class StreamedLayers(Layers):
 
         Raises:
             InputError: not a checkpoint, unsupported architecture, device or dtype.
-            IntegrityError: a file is not what its provenance says.
+            IntegrityError: a file is not what its provenance says, or a weight is missing, of
+                another shape or of a type that is not read.
         """
         from accelerate import init_empty_weights
         from safetensors import safe_open
@@ -291,12 +292,17 @@ class StreamedLayers(Layers):
         with init_empty_weights(include_buffers=False):
             model = build_model(self._config, lambda cls, parsed: cls(parsed))
         super().__init__(model.eval(), family)
-        outside = [
-            name
-            for name, _ in model.named_parameters()
-            if not name.startswith(f"{family.layer_prefix}.")
-            and not (family.dimensions(self._config).tied and name == HEAD)
-        ]
+        own = {
+            name: tuple(parameter.shape)
+            for name, parameter in model.named_parameters()
+            if not (family.dimensions(self._config).tied and name == HEAD)
+        }
+        for name, shape in own.items():
+            stored = self._stored.get(name)
+            if stored is None or stored.shape != shape:
+                found = "missing" if stored is None else f"of shape {list(stored.shape)}"
+                raise IntegrityError(f"{directory}: {name} {list(shape)} is {found}")
+        outside = [name for name in own if not name.startswith(f"{family.layer_prefix}.")]
         _fill(model, self._read(outside))
         model.tie_weights()
         for module in model.modules():
@@ -339,13 +345,17 @@ class StreamedLayers(Layers):
         A layer's weights are there until the next is asked for.
         """
         wanted = range(len(self.modules))[start:stop]
+        ahead: Future[int] | None = None
         with ThreadPoolExecutor(1) as pool:
             for index in wanted:
+                if ahead is not None:
+                    # Two readers of the same bytes would take turns at the disk.
+                    wait([ahead])
                 layer, prefix = self.modules[index], f"{self.family.layer_prefix}.{index}."
                 read = self._read(self._names(index))
                 _fill(layer, {name.removeprefix(prefix): read.pop(name) for name in list(read)})
                 if index != wanted[-1]:
-                    pool.submit(self._prefetch, index + 1)
+                    ahead = pool.submit(self._prefetch, index + 1)
                 try:
                     yield index, layer
                 finally:

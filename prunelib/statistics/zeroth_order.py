@@ -178,6 +178,7 @@ def estimate(
     """Find the loss differences along all directions; arguments and errors as of ``collect``."""
     config, windows, batch_windows = inputs.config, inputs.windows, inputs.batch_windows
     minibatches = _minibatches(settings, windows, seed)
+    before = layers.windows_passed
     norms, loss = input_norms(layers, config, windows, batch_windows, "zeroth_order")
     family, count = layers.family, len(layers.modules)
     statistics: dict[str, torch.Tensor] = {}
@@ -198,7 +199,7 @@ def estimate(
             for _, layer in layers.sweep(index, index + 1):
                 for origin in losses.origins:
                     layers.advance(index, layer, origin)
-    passes = layers.windows_passed / (count * len(windows))
+    passes = (layers.windows_passed - before) / (count * len(windows))
     for name, value in {"loss": loss, "forward_passes": passes, "coefficients": table}.items():
         statistics[name] = torch.tensor(value, dtype=torch.float64)
     return Estimate(perturbation, statistics["coefficients"], statistics)
