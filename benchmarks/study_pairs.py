@@ -1,0 +1,97 @@
+"""Print how a study's methods differ from several references, document by document.
+
+``report.html`` compares with one baseline; this compares with any, from the same artefacts: the
+ratio of perplexities with its 95 % interval over documents (the wider limits of bootstrap and t),
+seeds averaged first, and the ratio of every seed alone, whose spread the interval does not hold.
+
+    python benchmarks/study_pairs.py --experiment config/experiments/study_mini_llm_channels.yaml \
+        --references wanda_sp wanda_noise --methods mini_llm_direct mini_llm
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from prunelib.command import experiment_parser, reporting_errors
+from prunelib.errors import InputError
+from prunelib.experiment.experiment import Experiment
+from prunelib.reporting.artefacts import load_report
+from prunelib.reporting.table import paired_differences
+
+if TYPE_CHECKING:
+    from prunelib.reporting.artefacts import Cell, Report
+
+HEADS = (
+    "target",
+    "recovery",
+    "method",
+    "reference",
+    "ratio",
+    "95 % over documents",
+    "single seeds",
+)
+
+
+def perplexity(cell: Cell) -> float:
+    """Return a cell's perplexity."""
+    return float(cell.content("perplexity")["perplexity"])
+
+
+def seed_ratios(ours: list[Cell], theirs: list[Cell]) -> list[float]:
+    """Return the ratio of perplexities for every seed both have, or of all where one has none."""
+    there = {cell.seed: perplexity(cell) for cell in theirs}
+    return [
+        perplexity(cell) / there[cell.seed if cell.seed in there else None]
+        for cell in ours
+        if cell.seed in there or None in there
+    ]
+
+
+def rows(report: Report, references: list[str], methods: list[str]) -> list[tuple[str, ...]]:
+    """Return one row of ``HEADS`` per comparison."""
+    found = []
+    for reference in references:
+        told = dict(report.experiment) | {"baseline": reference}
+        table = paired_differences(replace(report, experiment=told))
+        chosen = table[(table.reference == reference) & (table.metric == "nll")]
+        for row in chosen[chosen.method.isin(methods)].itertuples():
+            group = (row.model, row.method, row.target, row.recovery)
+            ratios = seed_ratios(
+                report.groups[group],
+                report.groups[(row.model, reference, row.target, row.recovery)],
+            )
+            low, high = np.exp(min(row.low, row.t_low)), np.exp(max(row.high, row.t_high))
+            shown = (f"{row.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+            seeds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
+            found.append((row.target, row.recovery, row.method, reference, *shown, seeds))
+    return found
+
+
+@reporting_errors("study_pairs")
+def main(arguments: list[str] | None = None) -> int:
+    """Print the table as markdown."""
+    parser: argparse.ArgumentParser = experiment_parser(__doc__)
+    parser.add_argument("--references", nargs="+", required=True, help="methods compared with")
+    parser.add_argument("--methods", nargs="+", help="methods compared; by default all")
+    options = parser.parse_args(arguments)
+    report = load_report(Experiment.load(options.experiment, options.catalogue).report())
+    known = {cell.method for cell in report.cells}
+    for name in (*options.references, *(options.methods or ())):
+        if name not in known:
+            raise InputError(
+                f"{name} is no method of the study; allowed: {', '.join(sorted(known))}"
+            )
+    print("| " + " | ".join(HEADS) + " |")
+    print("|---" * len(HEADS) + "|")
+    for row in rows(report, options.references, options.methods or sorted(known)):
+        print("| " + " | ".join(row) + " |")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
