@@ -80,6 +80,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
         *((name, "mini_llm_backprop", {}) for name in ("llama", "bloom", "opt")),
         ("bloom", "mini_llm", {"perturbations": 2, "perturbation": "gates", "streamed": True}),
         ("glm", "mini_llm", {"perturbation": "gates", "heads": "query_slot"}),
+        ("opt", "mini_llm_direct", {"streamed": True}),
         ("opt", "wanda_noise", {}),
         *((name, "shortgpt", {}) for name in FAMILIES),
         ("bloom", "shortgpt", {"remove": "attention", "recompute": True}),

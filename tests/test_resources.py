@@ -391,6 +391,13 @@ def test_gradients_from_forward_passes_by_hand(cluster: Cluster) -> None:
     assert f"weights outside the layers and one block ({held / 1e9:.3g} GB)" in (
         streamed.explanation
     )
+    node = find("statistics", "llama-2-70b")
+    direct = replace(node, params={**node.params, "name": "fms_direct"})
+    told = replace(direct, params={**direct.params, "options": {"streamed": True}, "seed": 0})
+    assert (request(told, cluster).gpus, request(direct, cluster).gpus) == (1, 2)
+    assert f"weights outside the layers and one block ({held / 1e9:.3g} GB)" in (
+        request(told, cluster).explanation
+    )
     work = {
         count: scoring_work.statistics_work(
             Case(

@@ -39,6 +39,22 @@ EIGEN_OPERATIONS = 10
 DRAWN_PER_SECOND = 80e6
 
 
+def _weights(case: Case, walks: float) -> tuple[tuple[Term, ...], tuple[Term, ...], float]:
+    """Return what ``loaded`` does, or that of streamed layers, which every walk reads anew."""
+    device, host, seconds = loaded(case, case.model.parameters)
+    if not case.node.params.get("options", {}).get("streamed"):
+        return device, host, seconds
+    model, item = case.model, case.item
+    held = (model.parameters - (model.layers - 1) * model.block) * item
+    read = walks * model.layers * model.block * model.item
+    return (
+        (Term("weights outside the layers and one block", held, estimated=False),),
+        # As it is stored, and in the type it is computed with.
+        (Term("a tensor on its way", 2 * model.largest * model.item),),
+        seconds + read / GB / case.cluster.host.disk_gbs,
+    )
+
+
 def statistics_work(case: Case) -> Work:
     """Return the work of a statistic pass: one forward, or one forward and one backward pass.
 
@@ -65,7 +81,8 @@ def statistics_work(case: Case) -> Work:
     batches = math.ceil(windows / per_batch)
     batch = min(windows, per_batch) * length
     tokens = windows * length
-    device, host, seconds = loaded(case, model.parameters)
+    # Of these passes fms_direct alone streams: two walks.
+    device, host, seconds = _weights(case, 2)
     linears = model.linears.values()
     moved = 0.0
     if name in ("gradients", "fisher", "fms_gradients"):
@@ -157,16 +174,9 @@ def _zeroth_order(case: Case) -> Work:
     begun = count if options["fresh"] else 1
     depth = (model.layers + 1) / 2 if by_layer else 1
     gates = options["perturbation"] == "gates"
-    device, host, seconds = loaded(case, model.parameters)
     # Layer by layer every group of directions goes through what follows, from every layer.
     walks = 2 + math.ceil(count / together) * depth + by_layer
-    if options["streamed"]:
-        outer = model.parameters - model.layers * model.block
-        held = (outer + model.block) * item
-        device = (Term("weights outside the layers and one block", held, estimated=False),)
-        # As it is stored, and in the type it is computed with.
-        host = (Term("a tensor on its way", 2 * model.largest * model.item),)
-        seconds += walks * model.layers * model.block * model.item / GB / case.cluster.host.disk_gbs
+    device, host, seconds = _weights(case, walks)
     moved = 0.0
     device += (
         Term(

@@ -21,7 +21,7 @@ import torch
 from prunelib.errors import NonFiniteError
 from prunelib.statistics.fms import fms_sums, fold_columns, gate_norms, gate_slices
 from prunelib.statistics.gradients import rows_and_columns
-from prunelib.statistics.layerwise import Layers, layers_of
+from prunelib.statistics.layerwise import Layers, StreamedLayers, layers_of
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -31,11 +31,15 @@ if TYPE_CHECKING:
     from prunelib.statistics.inputs import PassInputs
 
 
-def collect(inputs: PassInputs) -> dict[str, torch.Tensor]:
+__all__ = ["StreamedLayers", "collect"]
+
+
+def collect(inputs: PassInputs, *, seed: int = 0) -> dict[str, torch.Tensor]:
     """Return the statistics above and the mean ``loss`` [], on the CPU.
 
     Args:
         inputs: model and windows.
+        seed: not used; nothing here is random.
 
     Raises:
         NonFiniteError: the loss or a layer's statistics are NaN or infinite; names the layer.
