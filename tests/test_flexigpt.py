@@ -844,6 +844,37 @@ def test_an_interrupted_recovery_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        ("shared", {}),
+        ("shared", {"kept_lora": True}),
+        ("shared", {"train": ("*norm.weight",)}),
+        ("plain", {"train": ("*norm.weight",)}),
+        ("plain", {"train": ("*embed_tokens.weight",), "targets": ()}),
+    ],
+)
+def test_bf16_weights_beside_what_is_trained_in_fp32(
+    source: str,
+    change: dict[str, Any],
+    small: Path,
+    tiny_checkpoint: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs on a GPU: there bf16 weights stay bf16."""
+
+    def place(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+
+    monkeypatch.setattr(lora, "_place", place)
+    found = small if source == "shared" else tiny_checkpoint("llama")
+    out = train(found, tmp_path, replace(RECIPE, max_steps=12, **change))
+    told = json.loads((out / "meta.json").read_text())
+    assert told["last_loss"] < told["first_loss"]
+
+
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda t: t.popitem(), IntegrityError, "is absent, the model needs"),
