@@ -551,18 +551,9 @@ def test_bases_are_blocks_that_stay() -> None:
         )
 
 
-@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "nearest"])
-def test_distances_find_the_twin(distance: str, tiny_checkpoint: Checkpoints) -> None:
-    """Block 2 is block 0 with a little noise (and, where scale does not count, half as large)."""
-    model = tiny_model("llama")
-    state = model.state_dict()
-    torch.manual_seed(0)
-    for name in list(state):
-        if name.startswith("model.layers.2.") and state[name].ndim == 2:
-            twin = state[name.replace(".2.", ".0.", 1)]
-            factor = 0.5 if distance == "scaled" else 1
-            state[name] = factor * (twin + 0.01 * torch.randn_like(twin))
-    config = model.config.to_dict()
+def base_of(distance: str, state: dict[str, torch.Tensor]) -> int:
+    """The base of block 2, the least influential, of a tiny LLaMA with these weights."""
+    config = tiny_model("llama").config.to_dict()
     passes = {"activations": {"block_influence": torch.tensor([4.0, 3.0, 1.0, 2.0])}}
     method = create("flexigpt", {"rank": 4, "distance": distance})
     inputs = ScoringInputs(family_of(config), config, state.__getitem__, passes, 0)
@@ -572,7 +563,33 @@ def test_distances_find_the_twin(distance: str, tiny_checkpoint: Checkpoints) ->
     assert found == pytest.approx(found.T)
     plan = select(scores, family_of(config), config, Target("blocks", 1), method.rule(), {})
     assert plan.sharing is not None
-    assert plan.sharing.blocks[0].base == (1 if distance == "nearest" else 0)
+    return plan.sharing.blocks[0].base
+
+
+def twins() -> dict[str, torch.Tensor]:
+    """Weights of which block 2's are block 0's with a little noise."""
+    state = tiny_model("llama").state_dict()
+    torch.manual_seed(0)
+    for name in list(state):
+        if name.startswith("model.layers.2.") and state[name].ndim == 2:
+            twin = state[name.replace(".2.", ".0.", 1)]
+            state[name] = twin + 0.01 * torch.randn_like(twin)
+    return state
+
+
+@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "nearest"])
+def test_distances_find_the_twin(distance: str) -> None:
+    assert base_of(distance, twins()) == (1 if distance == "nearest" else 0)
+
+
+def test_small_blocks_are_near_to_all_unless_matrices_are_scaled() -> None:
+    """Without block 3 all of block 2 fits into an adapter, and block 3 is nearly nothing."""
+    state = twins()
+    for name in state:
+        if name.startswith("model.layers.3.") and state[name].ndim == 2:
+            state[name] = 0.01 * state[name]
+    assert base_of("truncated", state) == 3
+    assert base_of("scaled", state) == 0
 
 
 def flexi_plan(model: str, target: Target, **parameters: Any) -> Plan:
