@@ -11,7 +11,7 @@ from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.methods.base import ScoringInputs
 from prunelib.methods.shortgpt import BlockInfluence
-from prunelib.rules import DISTANCE, Rule, Sharer
+from prunelib.rules import DISTANCE, Rule, Sharer, rank_in
 
 if TYPE_CHECKING:
     import torch
@@ -95,7 +95,7 @@ class FlexiGpt(BlockInfluence):
         )
         from prunelib.low_rank import seed_of
 
-        rank = Sharer(self.rank, None, self.svd_init).rank_of(family, config)
+        rank = rank_in(self.rank, family, config)
         found = []
         for name, shape in family.layer_shapes(config).items():
             if len(shape) < 2:
