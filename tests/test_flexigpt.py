@@ -374,6 +374,16 @@ def test_the_distance_is_the_tail_of_the_difference() -> None:
     assert low_rank.truncated_distance(a, a, rank) < 2e-4 * x.norm()
 
 
+def test_residual_distances_of_larger_matrices() -> None:
+    """Differences too large to be decomposed exactly."""
+    matrices = [decaying(200, 300, i) for i in range(3)]
+    assert not low_rank.is_exact(matrices[0].shape, 8)
+    found = block_distance.residual_distances(matrices.__getitem__, 3, 8, seed=0)
+    tails = [[torch.linalg.svdvals(a - b)[8:].norm().item() for b in matrices] for a in matrices]
+    assert found == pytest.approx(np.array(tails), rel=2e-3)
+    assert (found == found.T).all()
+
+
 def test_distances_of_all_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = [decaying(12, 10, i) * (1 + i) for i in range(3)]
 
@@ -388,6 +398,9 @@ def test_distances_of_all_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
             matrices.__getitem__, 3, 2, scaled=scaled, seed=0
         )
         assert found == pytest.approx(np.array(expected(scaled)), rel=1e-4, abs=1e-6)
+    found = block_distance.residual_distances(matrices.__getitem__, 3, 2, seed=0)
+    tails = [[torch.linalg.svdvals(a - b)[2:].norm().item() for b in matrices] for a in matrices]
+    assert found == pytest.approx(np.array(tails), rel=1e-4, abs=1e-6)
     # Three rows of all layers at a time.
     monkeypatch.setattr(block_distance, "PIECE_BYTES", 3 * 8 * 3 * 10)
     found = block_distance.frobenius_distances(matrices.__getitem__, 3)
@@ -577,7 +590,7 @@ def twins() -> dict[str, torch.Tensor]:
     return state
 
 
-@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "nearest"])
+@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "residual", "nearest"])
 def test_distances_find_the_twin(distance: str) -> None:
     assert base_of(distance, twins()) == (1 if distance == "nearest" else 0)
 
@@ -1006,6 +1019,13 @@ def test_distances_cost_a_decomposition_of_every_matrix() -> None:
     pairs = 496 * 7 * 4 * 10 * 512**3
     least = (products + pairs) / (cluster.host.gflops_per_core * 1e9 * cluster.utilisation.cpu)
     assert least < asked.seconds < 2.5 * least
+    residual = replace(
+        node.inputs["scores"],
+        params=node.inputs["scores"].params | {"parameters": {"distance": "residual"}},
+    )
+    # A decomposition of every pair in the place of one of every matrix.
+    least *= products / (products + pairs) * 496 / 32
+    assert least < request(residual, cluster).seconds < 2.5 * least
     nearest = next(
         n
         for n in every_node(

@@ -319,7 +319,7 @@ def decomposition(shape: tuple[int, int], rank: int) -> float:
 
 
 def _distances(case: Case, distance: str, sharer: Sharer, mapped: Term, disk: float) -> Work:
-    """Return the work of distances between all blocks: a decomposition of every matrix.
+    """Return the work of distances between all blocks: a decomposition of every matrix or pair.
 
     The factors of all layers' matrices of one name are held, fp32; a pair takes two products of
     factors and two symmetric eigenvalue problems of twice the rank, fp64.
@@ -340,9 +340,16 @@ def _distances(case: Case, distance: str, sharer: Sharer, mapped: Term, disk: fl
     rank = sharer.rank_of(family_of(geometry), geometry)
     widest = max(sum(shape) for shape in model.linears.values())
     exact = any(2 * (rank + OVERSAMPLE) >= min(shape) for shape in model.linears.values())
+    decomposed = Term("a matrix while it is decomposed", model.largest * (32 if exact else 12))
+    if distance == "residual":
+        flops = pairs * sum(decomposition(shape, rank) for shape in model.linears.values())
+        both = Term("a pair of matrices, and their difference in fp64", model.largest * 16)
+        # All before it are read again for every layer.
+        seconds *= (model.layers + 1) / 2
+        return Work(host=(mapped, decomposed, both), flops=flops, host_seconds=seconds, disk=disk)
     terms = (
         Term("factors of all layers' matrices of a name", 4 * model.layers * rank * widest),
-        Term("a matrix while it is decomposed", model.largest * (32 if exact else 12)),
+        decomposed,
         Term("a pair's products and eigenvectors", 8 * 6 * (2 * rank) ** 2),
     )
     flops = 0.0
