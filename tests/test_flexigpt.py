@@ -38,7 +38,7 @@ from prunelib.criteria import block_distance
 from prunelib.depth_selection import block_count
 from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.experiment.experiment import Experiment
-from prunelib.experiment.graph import Node
+from prunelib.experiment.graph import Node, closure
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
@@ -980,6 +980,29 @@ def test_ablations_share_scores_where_they_can() -> None:
     assert scores["flexigpt"] == scores["flexigpt_no_norm"] == scores["flexigpt_no_svd"]
     others = {scores[f"flexigpt_{name}"] for name in ("frobenius", "scaled", "nearest")}
     assert len(others | {scores["flexigpt"]}) == 4
+
+
+@pytest.mark.parametrize("name", ["flexigpt_ablation", "study_flexigpt"])
+def test_recoveries_that_train_alike_are_one(name: str) -> None:
+    """LoRA on what is not shared is all LoRA where nothing is; every row stays."""
+    experiment = Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
+    plain, kept = experiment.data["recovery"]
+    found: dict[tuple[Any, ...], dict[str, dict[str, Path]]] = {}
+    for cell in experiment.cells:
+        if cell.recovery != "none":
+            places = {step: node.directory for step, node in cell.steps.items()}
+            row = found.setdefault((cell.method, cell.target, cell.seed), {})
+            row[cell.recovery] = places
+    assert {"recovery_only", "shortgpt"} < {method for method, _, _ in found}
+    for (method, _, _), row in found.items():
+        assert set(row) == {plain, kept}
+        shares = method.startswith("flexigpt")
+        assert (row[plain] == row[kept]) != shares, method
+        assert (row[plain]["recovery"] == row[kept]["recovery"]) != shares
+        assert row[plain]["recovery"].parent.name == plain
+    # None of them has two places.
+    closure(node for cell in experiment.cells for node in cell.steps.values())
+    assert len({cell.id for cell in experiment.cells}) == len(experiment.cells)
 
 
 def prune_node(name: str, variant: str) -> tuple[Node, Node]:
