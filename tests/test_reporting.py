@@ -703,6 +703,26 @@ def llama(bench: Bench, ratio: float, *, window: int = 128, model: str = "llama-
             "llmpruner",
         ),
         ("random", {"method": "random"}, "random", "randomchannel"),
+        (
+            "mine",
+            {"method": "flexigpt", "parameters": {"combination": "sum"}},
+            "flexigpt",
+            "flexigptsum",
+        ),
+        *(
+            ("mine", {"method": "flexigpt", "parameters": {name: value}}, expected, "flexigpt")
+            for name, value, expected in (
+                ("gain", 1.0, "flexigpt10"),
+                ("combination", "squares", "flexigptsquares"),
+                ("distance", "residual", "flexigptresidual"),
+            )
+        ),
+        (
+            "mine",
+            {"method": "flexigpt_extend", "parameters": {"start": 4, "end": 17}},
+            "flexigptextend417",
+            "flexigptextend",
+        ),
     ],
 )
 def test_names_of_variants_in_papers(

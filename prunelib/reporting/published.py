@@ -144,7 +144,8 @@ def _plain(text: object) -> str:
 # Parameters that tell a paper's rows of one method apart, and values that their names leave out.
 _NAMING = (
     *("strategy", "criterion", "aggregation", "heads", "attribution", "ranking"),
-    *("remove", "recompute", "rank", "distance", "normalise", "svd_init"),
+    *("remove", "recompute", "rank", "distance", "combination", "normalise", "gain", "svd_init"),
+    *("start", "end"),
 )
 _USUAL = {"block", "sum", "kv_group", "owner", "local", "truncated"}
 
