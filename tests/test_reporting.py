@@ -816,6 +816,38 @@ def test_figures_of_the_same_recovery_go_first(bench: Bench, recovery: str, aver
     ]
 
 
+def measured(bench: Bench, key: str, values: dict[str, float]) -> str:
+    """An artefact with these accuracies, by the names of their metrics."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        task, _, norm = name.partition("_acc")
+        tasks.setdefault(task, {})[f"acc{norm}"] = value
+    return bench.tasks(key, [1, 0], tasks=tasks)
+
+
+FIVE = dict.fromkeys(
+    ("arc_easy_acc_norm", "arc_challenge_acc_norm", "piqa_acc_norm", "hellaswag_acc_norm"), 0.5
+) | {"winogrande_acc": 0.6}
+
+
+def test_averages_are_of_the_tasks_beside_them(bench: Bench) -> None:
+    bench.cells.clear()
+    fields: dict[str, Any] = {"model": "llama-2-7b"}
+    bench.cell("d", "dense", control="dense", tasks=measured(bench, "d", FIVE), **fields)
+    less = {name: value - 0.1 for name, value in FIVE.items()} | {"piqa_acc": 0.9}
+    bench.cell("s", "shortgpt", target=0.3, seed=0, tasks=measured(bench, "s", less), **fields)
+    bench.methods["shortgpt"] = {"method": "shortgpt"}
+    (row,) = (
+        c
+        for c in compare(bench.report(), read_published(PUBLISHED / "flexigpt.csv"))
+        if c.published.metric == "average_5_tasks"
+    )
+    assert row.value == pytest.approx(42)
+    assert row.ratio == pytest.approx(42 / 52)
+    assert row.published_ratio == pytest.approx(53.24 / 69.02)
+    assert row.verdict == "reproduced"
+
+
 # Tables with averages whose tasks are not all given.
 ALONE = {"LLaMA-13B", "Vicuna-7B", "ChatGLM-6B", "LLM.int8()", "no dependency", "recovery steps",
          "DistilBERT"}  # fmt: skip

@@ -14,7 +14,8 @@ target_kind    ``none`` for dense and unstated ratios, ``parameters``, ``groups`
                ``layers``
 target_value   share (0.2) or number of blocks or layers; 0 for dense and unstated ratios
 recovered      ``true`` when the figure is from after recovery
-metric         ``perplexity``, ``<task>_acc`` (or another of a task), ``average_7_tasks``,
+metric         ``perplexity``, ``<task>_acc`` (or another of a task), ``average_5_tasks`` (of the
+               five in the same line of the table, or of LLM-Pruner's 6 or 7 where it gives none),
                ``parameters``, ``macs``, ``memory_mib``, ``latency_s``; others are kept, and not
                compared
 value          the figure as printed; accuracies in percent
@@ -31,7 +32,7 @@ from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -147,6 +148,7 @@ _NAMING = (
     *("remove", "recompute", "rank", "distance", "combination", "normalise", "gain", "svd_init"),
     *("start", "end"),
 )
+_TASK_ENDINGS = tuple(f"_{name}" for name in TASK_METRICS)
 _USUAL = {"block", "sum", "kv_group", "owner", "local", "truncated"}
 
 
@@ -181,8 +183,13 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def our_value(cell: Cell, figure: Published) -> tuple[float | None, str]:
+def our_value(cell: Cell, figure: Published, tasks: Sequence[str] = ()) -> tuple[float | None, str]:
     """Our figure for the published one's metric, in its unit.
+
+    Args:
+        cell: ours.
+        figure: the published one.
+        tasks: metrics of the tasks that stand beside a published average.
 
     Returns:
         The figure, None where there is none, and why it cannot be compared (empty if it can).
@@ -204,7 +211,7 @@ def our_value(cell: Cell, figure: Published) -> tuple[float | None, str]:
         ), "" if same else f"other input: {macs.get('length')} tokens"
     if figure.metric in ("memory_mib", "latency_s"):
         return None, "other workload and hardware"
-    return _our_accuracy(cell, figure.metric)
+    return _our_accuracy(cell, figure.metric, tasks)
 
 
 def _our_perplexity(cell: Cell, convention: Mapping[str, str]) -> tuple[float | None, str]:
@@ -229,10 +236,12 @@ def _same_condition(key: str, ours: str, wanted: str) -> bool:
     return _plain(ours) == _plain(wanted) or (key, ours) == ("split", "evaluation")
 
 
-def _our_accuracy(cell: Cell, metric: str) -> tuple[float | None, str]:
+def _our_accuracy(cell: Cell, metric: str, beside: Sequence[str]) -> tuple[float | None, str]:
     tasks = cell.content("tasks").get("tasks") or {}
     wanted = [metric]
-    if metric in (AVERAGE, "average_6_tasks"):
+    if metric == f"average_{len(beside)}_tasks":
+        wanted = list(beside)
+    elif metric in (AVERAGE, "average_6_tasks"):
         wanted = [f"{task}_{kind}" for task, kind in LLM_PRUNER_TASKS.items()]
         wanted = [name for name in wanted if metric == AVERAGE or not name.startswith("boolq")]
     values = []
@@ -263,6 +272,11 @@ def compare(report: Report, figures: Iterable[Published]) -> list[Comparison]:
         for row in published
         if row.method == "dense"
     }
+    beside: dict[tuple[object, ...], list[str]] = {}
+    for row in published:
+        tasks = beside.setdefault(_state(row), [])
+        if row.metric.endswith(_TASK_ENDINGS):
+            tasks.append(row.metric)
     known = {_plain(row.model) for row in published}
     methods = {_plain(row.method) for row in published}
     found: list[Comparison] = []
@@ -278,8 +292,15 @@ def compare(report: Report, figures: Iterable[Published]) -> list[Comparison]:
                 continue
             reference = dense.get((row.paper, row.table, row.model, row.metric, row.convention))
             ratio = row.value / reference if reference else None
-            found.append(_verdict(report, cells, row, ratio, same_model=bool(own_models)))
+            tasks = beside[_state(row)]
+            found.append(_verdict(report, cells, row, ratio, tasks, same_model=bool(own_models)))
     return found
+
+
+def _state(row: Published) -> tuple[object, ...]:
+    """Return what the figures of one line of a paper's table have in common."""
+    where = (row.paper, row.table, row.model, row.method, row.convention)
+    return (*where, row.target_kind, row.target_value, row.recovered)
 
 
 def _row_names(report: Report, cell: Cell, known: set[str]) -> set[str]:
@@ -311,11 +332,19 @@ def _same_target(cell: Cell, row: Published) -> bool:
 
 
 def _verdict(
-    report: Report, cells: list[Cell], row: Published, published: float | None, *, same_model: bool
+    report: Report,
+    cells: list[Cell],
+    row: Published,
+    published: float | None,
+    tasks: Sequence[str],
+    *,
+    same_model: bool,
 ) -> Comparison:
-    values, reason = _group_values(cells, row)
+    values, reason = _group_values(cells, row, tasks)
     reference, _ = _group_values(
-        [c for c in report.controls if (c.model, c.control) == (cells[0].model, "dense")], row
+        [c for c in report.controls if (c.model, c.control) == (cells[0].model, "dense")],
+        row,
+        tasks,
     )
     value = estimate(values).mean if values else None
     ratio = value / reference[0] if value is not None and reference and reference[0] else None
@@ -346,8 +375,10 @@ def _verdict(
     )
 
 
-def _group_values(cells: list[Cell], row: Published) -> tuple[list[float], str]:
-    found = [our_value(cell, row) for cell in cells]
+def _group_values(
+    cells: list[Cell], row: Published, tasks: Sequence[str]
+) -> tuple[list[float], str]:
+    found = [our_value(cell, row, tasks) for cell in cells]
     values = [value for value, _ in found if value is not None]
     reasons = [reason for value, reason in found if value is not None or not values]
     return values, next((reason for reason in reasons if reason), "")
