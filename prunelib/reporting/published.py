@@ -8,7 +8,8 @@ column         meaning
 paper          who published it
 table          which table; ratios to dense are only taken within one table and convention
 model          the paper's model, for instance ``LLaMA-7B``
-method         ``dense``, a registered method, or one with its variant, such as ``magnitude_l2``;
+method         ``dense``; ``recovery_only``, the unpruned model after recovery, in tables without a
+               dense figure; a registered method, or one with its variant, as ``magnitude_l2``;
                behind it, where the paper has several, the recovery as in ``lora_<recovery>``
 target_kind    ``none`` for dense and unstated ratios, ``parameters``, ``groups``, ``blocks`` or
                ``layers``
@@ -25,7 +26,7 @@ source         where to find it
 =============  ====================================================================================
 
 Absolute figures depend on the harness and the text, so what is compared is the ratio to the dense
-model measured in the same place.
+model measured in the same place, or to the recovered one where a paper's table has that instead.
 """
 
 from __future__ import annotations
@@ -45,6 +46,8 @@ from prunelib.reporting.table import AVERAGE, LLM_PRUNER_TASKS
 
 # Our ratio to dense may differ by this share from the published one and count as reproduced.
 TOLERANCE = 0.10
+# What a table's ratios are taken to, the first that it has.
+REFERENCES = ("dense", "recovery_only")
 TARGET_KINDS = ("none", "parameters", "groups", "blocks", "layers")
 
 
@@ -264,13 +267,16 @@ def compare(report: Report, figures: Iterable[Published]) -> list[Comparison]:
     is among the papers', other models are left out; where it is not, their perplexities are shown
     for orientation. The verdict is ``reproduced`` when our ratio to
     dense is within ``TOLERANCE`` of the published one, ``not reproduced`` otherwise, and ``not
-    comparable`` for another model or convention, or without a dense figure.
+    comparable`` for another model or convention, or without a dense figure. Where a table has a
+    recovered unpruned model in the place of the dense one, so has the comparison: ours of the same
+    recovery.
     """
     published = list(figures)
-    dense = {
-        (row.paper, row.table, row.model, row.metric, row.convention): row.value
+    unpruned = {
+        (row.paper, row.table, row.model, row.metric, row.convention): row
+        for control in reversed(REFERENCES)
         for row in published
-        if row.method == "dense"
+        if row.method == control
     }
     beside: dict[tuple[object, ...], list[str]] = {}
     for row in published:
@@ -284,16 +290,17 @@ def compare(report: Report, figures: Iterable[Published]) -> list[Comparison]:
         own_models = _model_names(cells[0].model, report.models.get(cells[0].model, {})) & known
         names = _row_names(report, cells[0], methods)
         for row in published:
-            if row.method == "dense" or not _matches(cells[0], row, names):
+            if row.method in REFERENCES or not _matches(cells[0], row, names):
                 continue
             if own_models and _plain(row.model) not in own_models:
                 continue
             if not own_models and row.metric != "perplexity":
                 continue
-            reference = dense.get((row.paper, row.table, row.model, row.metric, row.convention))
-            ratio = row.value / reference if reference else None
+            reference = unpruned.get((row.paper, row.table, row.model, row.metric, row.convention))
             tasks = beside[_state(row)]
-            found.append(_verdict(report, cells, row, ratio, tasks, same_model=bool(own_models)))
+            found.append(
+                _verdict(report, cells, row, reference, tasks, same_model=bool(own_models))
+            )
     return found
 
 
@@ -335,32 +342,33 @@ def _verdict(
     report: Report,
     cells: list[Cell],
     row: Published,
-    published: float | None,
+    unpruned: Published | None,
     tasks: Sequence[str],
     *,
     same_model: bool,
 ) -> Comparison:
     values, reason = _group_values(cells, row, tasks)
-    reference, _ = _group_values(
-        [c for c in report.controls if (c.model, c.control) == (cells[0].model, "dense")],
-        row,
-        tasks,
-    )
+    published = row.value / unpruned.value if unpruned and unpruned.value else None
+    control = unpruned.method if unpruned else "dense"
+    wanted = (cells[0].model, control, "none" if control == "dense" else cells[0].recovery)
+    own = [c for c in report.controls if (c.model, c.control, c.recovery) == wanted]
+    references, _ = _group_values(own, row, tasks)
+    reference = estimate(references).mean if references else None
     value = estimate(values).mean if values else None
-    ratio = value / reference[0] if value is not None and reference and reference[0] else None
+    ratio = value / reference if value is not None and reference else None
     verdict = "not comparable"
     if not same_model:
         reason = f"other model: {row.model}" + (f"; {reason}" if reason else "")
     elif reason or value is None:
         reason = reason or "not measured"
     elif ratio is None:
-        reason = "no dense figure of ours"
+        reason = f"no {control} figure of ours"
     elif published is None:
         reason = "no published dense figure in the same table and convention"
     else:
         gap = ratio / published - 1
         verdict = "reproduced" if abs(gap) <= TOLERANCE else "not reproduced"
-        reason = f"our ratio to dense is {100 * gap:+.1f} % off the published one"
+        reason = f"our ratio to {control} is {100 * gap:+.1f} % off the published one"
     return Comparison(
         published=row,
         model=cells[0].model,
