@@ -1129,3 +1129,24 @@ def test_reports_know_targets_in_layers() -> None:
     target = artefacts._parse_target({"kind": "layers", "value": 40}, "cells[0]")
     assert target is not None
     assert target.label == "layers 40"
+
+
+def test_study_tables_have_both_shares(tmp_path: Path) -> None:
+    from benchmarks.study_table import markdown
+
+    head = "cell,target,recovery,method,control,status,seed,perplexity,realised_ratio"
+    rows = [
+        "d,none,none,dense,dense,complete,,10,0",
+        "a,t,none,flexigpt,,complete,0,20,0.2",
+        "b,t,none,flexigpt,,complete,1,22,0.22",
+        "c,t,none,shortgpt,,complete,0,30,0.25",
+    ]
+    (tmp_path / "plain.csv").write_text("\n".join([head, *rows]) + "\n")
+    gross = ["", "0.3", "0.32", ""]
+    both = [f"{row},{share}" for row, share in zip(rows, gross, strict=True)]
+    (tmp_path / "gross.csv").write_text("\n".join([f"{head},gross_ratio", *both]) + "\n")
+    found = markdown([tmp_path / "gross.csv", tmp_path / "plain.csv"]).splitlines()
+    assert "| removed | adapters not counted | perplexity |" in found[2]
+    assert "| flexigpt | 21.00% | 31.00% | 21.0 |" in found[4]
+    assert "| shortgpt | 25.00% | 25.00% | 30.0 |" in found[5]
+    assert "adapters" not in markdown([tmp_path / "plain.csv"])
