@@ -1,8 +1,8 @@
 """Print a study's table from its ``benchmark.csv``: mean, standard deviation and single seeds.
 
-One row per target, recovery and method, the best of each method first; perplexity, its ratio to
-that of the unpruned model and, where the study has tasks, their mean accuracy and chrF, over the
-seeds.
+One row per target, recovery and method, the best of each method first; the share of parameters
+removed, and the same with adapters not counted where there are any; perplexity, its ratio to that
+of the unpruned model and, where the study has tasks, their mean accuracy and chrF, over the seeds.
 Cells without a seed count once.
 
     python benchmarks/study_table.py docs/studies/llm_pruner.csv
@@ -26,12 +26,16 @@ def markdown(studies: list[Path]) -> str:
     Raises:
         ValueError: a file has no complete unpruned cell, or they disagree about it.
     """
-    data = pd.concat([pd.read_csv(path) for path in studies]).drop_duplicates("cell")
+    data = pd.concat([pd.read_csv(path) for path in studies], ignore_index=True)
+    data = data.drop_duplicates("cell")
     dense = data[(data.control == "dense") & (data.recovery == "none")].perplexity.unique()
     if len(dense) != 1:
         raise ValueError(f"perplexities of the unpruned model: {list(dense)}")
     tasks = [name for name in map(str, data.columns) if name.endswith("_acc")]
-    heads = ["target", "recovery", "method", "removed", "perplexity", "ratio to unpruned"]
+    shares = {"removed": data.realised_ratio}
+    if "gross_ratio" in data.columns:
+        shares["adapters not counted"] = data.gross_ratio.fillna(data.realised_ratio)
+    heads = ["target", "recovery", "method", *shares, "perplexity", "ratio to unpruned"]
     texts = [name for name in map(str, data.columns) if name.endswith("_chrf")]
     scores = {name: columns for name, columns in (("accuracy", tasks), ("chrF", texts)) if columns}
     heads += ["single seeds", *scores]
@@ -41,7 +45,8 @@ def markdown(studies: list[Path]) -> str:
     for target, recovery, method in sorted(means, key=lambda names: names[:2]):
         rows = cells[(cells[GROUP] == [target, recovery, method]).all(axis=1)].sort_values("seed")
         ratio = rows.perplexity / dense[0]
-        row = [target, recovery, method, f"{rows.realised_ratio.mean():.2%}"]
+        row = [target, recovery, method]
+        row += [f"{share[rows.index].mean():.2%}" for share in shares.values()]
         row += [
             f"{rows.perplexity.mean():.1f}",
             _spread(ratio),

@@ -121,6 +121,13 @@ class Target:
         return ends | set(self.protect_layers)
 
 
+def rank_in(rank: float, family: Family, config: Config) -> int:
+    """Return the rank in a model: a whole number, or a share of the residual stream's width."""
+    if isinstance(rank, float):
+        return max(round(rank * family.dimensions(config).hidden), 1)
+    return rank
+
+
 @dataclass(frozen=True)
 class Sharer:
     """What layers that share another block's weights add to them.
@@ -148,9 +155,7 @@ class Sharer:
 
     def rank_of(self, family: Family, config: Config) -> int:
         """Return the rank in a model."""
-        if isinstance(self.rank, float):
-            return max(round(self.rank * family.dimensions(config).hidden), 1)
-        return self.rank
+        return rank_in(self.rank, family, config)
 
     def parameters(self, family: Family, config: Config) -> int:
         """Return the parameters that one such layer adds."""

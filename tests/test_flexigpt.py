@@ -38,7 +38,8 @@ from prunelib.criteria import block_distance
 from prunelib.depth_selection import block_count
 from prunelib.errors import InputError, IntegrityError, NonFiniteError
 from prunelib.experiment.experiment import Experiment
-from prunelib.experiment.graph import Node
+from prunelib.experiment.graph import Node, closure
+from prunelib.experiment.schema import load_catalogue
 from prunelib.families import family_of
 from prunelib.methods import create
 from prunelib.methods.base import ScoringInputs
@@ -374,6 +375,16 @@ def test_the_distance_is_the_tail_of_the_difference() -> None:
     assert low_rank.truncated_distance(a, a, rank) < 2e-4 * x.norm()
 
 
+def test_residual_distances_of_larger_matrices() -> None:
+    """Differences too large to be decomposed exactly."""
+    matrices = [decaying(200, 300, i) for i in range(3)]
+    assert not low_rank.is_exact(matrices[0].shape, 8)
+    found = block_distance.residual_distances(matrices.__getitem__, 3, 8, seed=0)
+    tails = [[torch.linalg.svdvals(a - b)[8:].norm().item() for b in matrices] for a in matrices]
+    assert found == pytest.approx(np.array(tails), rel=2e-3)
+    assert (found == found.T).all()
+
+
 def test_distances_of_all_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     matrices = [decaying(12, 10, i) * (1 + i) for i in range(3)]
 
@@ -388,6 +399,9 @@ def test_distances_of_all_layers_by_hand(monkeypatch: pytest.MonkeyPatch) -> Non
             matrices.__getitem__, 3, 2, scaled=scaled, seed=0
         )
         assert found == pytest.approx(np.array(expected(scaled)), rel=1e-4, abs=1e-6)
+    found = block_distance.residual_distances(matrices.__getitem__, 3, 2, seed=0)
+    tails = [[torch.linalg.svdvals(a - b)[2:].norm().item() for b in matrices] for a in matrices]
+    assert found == pytest.approx(np.array(tails), rel=1e-4, abs=1e-6)
     # Three rows of all layers at a time.
     monkeypatch.setattr(block_distance, "PIECE_BYTES", 3 * 8 * 3 * 10)
     found = block_distance.frobenius_distances(matrices.__getitem__, 3)
@@ -551,18 +565,9 @@ def test_bases_are_blocks_that_stay() -> None:
         )
 
 
-@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "nearest"])
-def test_distances_find_the_twin(distance: str, tiny_checkpoint: Checkpoints) -> None:
-    """Block 2 is block 0 with a little noise (and, where scale does not count, half as large)."""
-    model = tiny_model("llama")
-    state = model.state_dict()
-    torch.manual_seed(0)
-    for name in list(state):
-        if name.startswith("model.layers.2.") and state[name].ndim == 2:
-            twin = state[name.replace(".2.", ".0.", 1)]
-            factor = 0.5 if distance == "scaled" else 1
-            state[name] = factor * (twin + 0.01 * torch.randn_like(twin))
-    config = model.config.to_dict()
+def base_of(distance: str, state: dict[str, torch.Tensor]) -> int:
+    """The base of block 2, the least influential, of a tiny LLaMA with these weights."""
+    config = tiny_model("llama").config.to_dict()
     passes = {"activations": {"block_influence": torch.tensor([4.0, 3.0, 1.0, 2.0])}}
     method = create("flexigpt", {"rank": 4, "distance": distance})
     inputs = ScoringInputs(family_of(config), config, state.__getitem__, passes, 0)
@@ -572,7 +577,33 @@ def test_distances_find_the_twin(distance: str, tiny_checkpoint: Checkpoints) ->
     assert found == pytest.approx(found.T)
     plan = select(scores, family_of(config), config, Target("blocks", 1), method.rule(), {})
     assert plan.sharing is not None
-    assert plan.sharing.blocks[0].base == (1 if distance == "nearest" else 0)
+    return plan.sharing.blocks[0].base
+
+
+def twins() -> dict[str, torch.Tensor]:
+    """Weights of which block 2's are block 0's with a little noise."""
+    state = tiny_model("llama").state_dict()
+    torch.manual_seed(0)
+    for name in list(state):
+        if name.startswith("model.layers.2.") and state[name].ndim == 2:
+            twin = state[name.replace(".2.", ".0.", 1)]
+            state[name] = twin + 0.01 * torch.randn_like(twin)
+    return state
+
+
+@pytest.mark.parametrize("distance", ["truncated", "scaled", "frobenius", "residual", "nearest"])
+def test_distances_find_the_twin(distance: str) -> None:
+    assert base_of(distance, twins()) == (1 if distance == "nearest" else 0)
+
+
+def test_small_blocks_are_near_to_all_unless_matrices_are_scaled() -> None:
+    """Without block 3 all of block 2 fits into an adapter, and block 3 is nearly nothing."""
+    state = twins()
+    for name in state:
+        if name.startswith("model.layers.3.") and state[name].ndim == 2:
+            state[name] = 0.01 * state[name]
+    assert base_of("truncated", state) == 3
+    assert base_of("scaled", state) == 0
 
 
 def flexi_plan(model: str, target: Target, **parameters: Any) -> Plan:
@@ -844,6 +875,37 @@ def test_an_interrupted_recovery_ends_with_the_same_bytes(
 
 
 @pytest.mark.parametrize(
+    ("source", "change"),
+    [
+        ("shared", {}),
+        ("shared", {"kept_lora": True}),
+        ("shared", {"train": ("*norm.weight",)}),
+        ("plain", {"train": ("*norm.weight",)}),
+        ("plain", {"train": ("*embed_tokens.weight",), "targets": ()}),
+    ],
+)
+def test_bf16_weights_beside_what_is_trained_in_fp32(
+    source: str,
+    change: dict[str, Any],
+    small: Path,
+    tiny_checkpoint: Checkpoints,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What runs on a GPU: there bf16 weights stay bf16."""
+
+    def place(model: Any, device: torch.device, dtype: torch.dtype) -> None:
+        for parameter in model.parameters():
+            parameter.data = parameter.data.bfloat16()
+
+    monkeypatch.setattr(lora, "_place", place)
+    found = small if source == "shared" else tiny_checkpoint("llama")
+    out = train(found, tmp_path, replace(RECIPE, max_steps=12, **change))
+    told = json.loads((out / "meta.json").read_text())
+    assert told["last_loss"] < told["first_loss"]
+
+
+@pytest.mark.parametrize(
     ("change", "error", "message"),
     [
         (lambda t: t.popitem(), IntegrityError, "is absent, the model needs"),
@@ -906,7 +968,26 @@ def test_experiments_plan(name: str) -> None:
     own = [node for node in nodes if not {"seed1", "seed2"} & set(node.labels)]
     assert {"prune", "scores", "perplexity"} <= {node.step for node in own}
     for node in own:
-        assert request(node, cluster).mem_mb <= cluster.limits.mem_mb
+        # Refused where it takes more memory than there is.
+        request(node, cluster)
+
+
+@pytest.mark.parametrize(
+    ("name", "like", "change"),
+    [
+        ("flexigpt_1b_kept", "flexigpt_1b", {"kept_lora": True}),
+        ("flexigpt_10b", "flexigpt_1b", {"tokens": 10_000_000_000}),
+        ("lora_quick_kept", "lora_quick", {"kept_lora": True}),
+        ("lora_quick_no_mlp", "lora_quick", {"targets": ["attention"]}),
+        ("lora_quick_no_attention", "lora_quick", {"targets": ["mlp"]}),
+    ],
+)
+def test_recipes_differ_in_what_they_are_named_after(
+    name: str, like: str, change: dict[str, Any]
+) -> None:
+    catalogue = load_catalogue(CONFIG, "recovery")
+    entry = catalogue[like]
+    assert catalogue[name] == {**entry, "recipe": entry["recipe"] | change}
 
 
 def test_ablations_share_scores_where_they_can() -> None:
@@ -919,6 +1000,29 @@ def test_ablations_share_scores_where_they_can() -> None:
     assert scores["flexigpt"] == scores["flexigpt_no_norm"] == scores["flexigpt_no_svd"]
     others = {scores[f"flexigpt_{name}"] for name in ("frobenius", "scaled", "nearest")}
     assert len(others | {scores["flexigpt"]}) == 4
+
+
+@pytest.mark.parametrize("name", ["flexigpt_ablation", "study_flexigpt"])
+def test_recoveries_that_train_alike_are_one(name: str) -> None:
+    """LoRA on what is not shared is all LoRA where nothing is; every row stays."""
+    experiment = Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
+    plain, kept = experiment.data["recovery"]
+    found: dict[tuple[Any, ...], dict[str, dict[str, Path]]] = {}
+    for cell in experiment.cells:
+        if cell.recovery != "none":
+            places = {step: node.directory for step, node in cell.steps.items()}
+            row = found.setdefault((cell.method, cell.target, cell.seed), {})
+            row[cell.recovery] = places
+    assert {"recovery_only", "shortgpt"} < {method for method, _, _ in found}
+    for (method, _, _), row in found.items():
+        assert set(row) == {plain, kept}
+        shares = method.startswith("flexigpt")
+        assert (row[plain] == row[kept]) != shares, method
+        assert (row[plain]["recovery"] == row[kept]["recovery"]) != shares
+        assert row[plain]["recovery"].parent.name == plain
+    # None of them has two places.
+    closure(node for cell in experiment.cells for node in cell.steps.values())
+    assert len({cell.id for cell in experiment.cells}) == len(experiment.cells)
 
 
 def prune_node(name: str, variant: str) -> tuple[Node, Node]:
@@ -958,6 +1062,13 @@ def test_distances_cost_a_decomposition_of_every_matrix() -> None:
     pairs = 496 * 7 * 4 * 10 * 512**3
     least = (products + pairs) / (cluster.host.gflops_per_core * 1e9 * cluster.utilisation.cpu)
     assert least < asked.seconds < 2.5 * least
+    residual = replace(
+        node.inputs["scores"],
+        params=node.inputs["scores"].params | {"parameters": {"distance": "residual"}},
+    )
+    # A decomposition of every pair in the place of one of every matrix.
+    least *= products / (products + pairs) * 496 / 32
+    assert least < request(residual, cluster).seconds < 2.5 * least
     nearest = next(
         n
         for n in every_node(
@@ -1038,3 +1149,24 @@ def test_reports_know_targets_in_layers() -> None:
     target = artefacts._parse_target({"kind": "layers", "value": 40}, "cells[0]")
     assert target is not None
     assert target.label == "layers 40"
+
+
+def test_study_tables_have_both_shares(tmp_path: Path) -> None:
+    from benchmarks.study_table import markdown
+
+    head = "cell,target,recovery,method,control,status,seed,perplexity,realised_ratio"
+    rows = [
+        "d,none,none,dense,dense,complete,,10,0",
+        "a,t,none,flexigpt,,complete,0,20,0.2",
+        "b,t,none,flexigpt,,complete,1,22,0.22",
+        "c,t,none,shortgpt,,complete,0,30,0.25",
+    ]
+    (tmp_path / "plain.csv").write_text("\n".join([head, *rows]) + "\n")
+    gross = ["", "0.3", "0.32", ""]
+    both = [f"{row},{share}" for row, share in zip(rows, gross, strict=True)]
+    (tmp_path / "gross.csv").write_text("\n".join([f"{head},gross_ratio", *both]) + "\n")
+    found = markdown([tmp_path / "gross.csv", tmp_path / "plain.csv"]).splitlines()
+    assert "| removed | adapters not counted | perplexity |" in found[2]
+    assert "| flexigpt | 21.00% | 31.00% | 21.0 |" in found[4]
+    assert "| shortgpt | 25.00% | 25.00% | 30.0 |" in found[5]
+    assert "adapters" not in markdown([tmp_path / "plain.csv"])

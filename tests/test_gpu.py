@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import tiny_config, tiny_model
+from test_flexigpt import plan_of
 
+from prunelib import checkpoint
 from prunelib.checkpoint import load_model
 from prunelib.evaluation.perplexity import perplexity
 from prunelib.families import family_of
@@ -90,17 +92,23 @@ def test_perplexity_agrees(dtype: str, tiny_checkpoint: Callable[[str], Path]) -
     assert there == pytest.approx(here, rel=1e-4 if dtype == "float32" else 3e-2)
 
 
+@pytest.mark.parametrize("method", ["plain", "shared"])
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_recovery_lowers_the_loss(
-    dtype: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
+    dtype: str, method: str, tiny_checkpoint: Callable[[str], Path], tmp_path: Path
 ) -> None:
     recipe = parse_recipe(
         {"batch": 4, "max_steps": 20, "warmup_steps": 0, "length": 16, "lr": 0.02}
     )
+    source = tiny_checkpoint("llama")
+    if method == "shared":
+        plan = plan_of(tiny_config("llama"), {1: 3})
+        checkpoint.prune_checkpoint(source, plan, tmp_path / "shared")
+        source = tmp_path / "shared"
     out = tmp_path / "out"
     out.mkdir()
     result = recover(
-        load_model(tiny_checkpoint("llama"), device="cuda:0", dtype=dtype),
+        load_model(source, device="cuda:0", dtype=dtype),
         WINDOWS.repeat(4, 1),
         recipe,
         seed=0,

@@ -10,6 +10,8 @@ import signal
 import subprocess
 import sys
 from dataclasses import replace
+from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -81,6 +83,24 @@ def run_streamed(path: Path):
     return run(path, STREAMED, tiny(vocab_size=97), streamed(path))
 
 
+def tiny_shared():
+    """Three layers of which the last uses the first one's weights."""
+    from prunelib.families.modeling_shared import SharedLlamaConfig, SharedLlamaForCausalLM
+
+    layers = [{}, {}, {"base": 0, "rank": 2, "normalise": True}]
+    config = tiny(num_hidden_layers=3).config.to_dict() | {"virtual_layers": layers}
+    config.pop("model_type")
+    torch.manual_seed(0)
+    model = SharedLlamaForCausalLM(SharedLlamaConfig(**config)).eval()
+    for parameter in adapters.shared_parameters(model).values():
+        torch.nn.init.normal_(parameter.data, std=0.1)
+    return model
+
+
+def run_shared(path: Path, kept_lora: bool = False):
+    return run(path, replace(RECIPE, kept_lora=kept_lora), tiny_shared())
+
+
 def run(path: Path, recipe: LoraRecipe = RECIPE, model=None, windows=None, **changes):
     fixed = {"seed": 3, "state": path / "state", "out": path / "out", "base": "../../prune/abc"}
     fixed |= {"device": "cpu", "dtype": "float32"} | changes
@@ -88,7 +108,7 @@ def run(path: Path, recipe: LoraRecipe = RECIPE, model=None, windows=None, **cha
 
 
 def read(path: Path) -> dict[str, bytes]:
-    return {name: (path / "out" / name).read_bytes() for name in FILES}
+    return {file.name: file.read_bytes() for file in (path / "out").iterdir()}
 
 
 def losses(path: Path) -> list[dict]:
@@ -392,7 +412,13 @@ KILLS = {
 }
 
 
-STREAM_KILLS = ("before the first state", "after the second state", "between tensors and index")
+# Other recoveries, and where they are killed.
+OTHERS = {
+    "stream": run_streamed,
+    "shared": run_shared,
+    "shared with LoRA": partial(run_shared, kept_lora=True),
+}
+OTHER_KILLS = ("before the first state", "after the second state", "between tensors and index")
 
 
 def _kill_at(name: str, call: int, when: str, number: int) -> None:
@@ -444,16 +470,17 @@ def _interrupted(root: Path) -> None:
 
     # Few documents at a time, so that most of a step's are still in the stream.
     data_module._CHUNK = 2
-    run_streamed(root / "unbroken stream")
-    for name in STREAM_KILLS:
-        path = root / f"stream {name}"
+    for other, function in OTHERS.items():
+        function(root / f"unbroken {other}")
+        for name in OTHER_KILLS:
+            path = root / f"{other} {name}"
 
-        def work(path=path, kill=KILLS[name]):
-            _kill_at(*kill, signal.SIGKILL)
-            run_streamed(path)
+            def work(path=path, kill=KILLS[name], function=function):
+                _kill_at(*kill, signal.SIGKILL)
+                function(path)
 
-        print(path.name, _in_child(work), sep="\t")
-        assert _in_child(lambda path=path: run_streamed(path)) == 0
+            print(path.name, _in_child(work), sep="\t")
+            assert _in_child(lambda path=path, function=function: function(path)) == 0
 
     def terminated():
         original = lora.train_step
@@ -484,9 +511,13 @@ def test_killed_and_resumed_runs_end_with_the_same_bytes(trained, tmp_path):
     assert int(told["terminated"]) == signal.SIGTERM
     assert told["saved on termination"] == "['step-00000003']"
     expected = read(tmp_path / "unbroken")
-    for name in STREAM_KILLS:
-        assert int(told[f"stream {name}"]) == signal.SIGKILL
-        assert read(tmp_path / f"stream {name}") == read(tmp_path / "unbroken stream"), name
+    for other, name in product(OTHERS, OTHER_KILLS):
+        assert int(told[f"{other} {name}"]) == signal.SIGKILL
+        assert read(tmp_path / f"{other} {name}") == read(tmp_path / f"unbroken {other}"), name
+    files = {other: set(read(tmp_path / f"unbroken {other}")) for other in OTHERS}
+    assert files["stream"] == set(FILES)
+    assert files["shared"] == {"trained.safetensors", "loss.jsonl", "meta.json"}
+    assert files["shared with LoRA"] == {"trained.safetensors", *FILES}
     assert json.loads(read(tmp_path / "unbroken stream")["meta.json"])["stream_passes"] == 1
     for name in (*KILLS, "terminated"):
         assert read(tmp_path / name) == expected, name

@@ -703,6 +703,26 @@ def llama(bench: Bench, ratio: float, *, window: int = 128, model: str = "llama-
             "llmpruner",
         ),
         ("random", {"method": "random"}, "random", "randomchannel"),
+        (
+            "mine",
+            {"method": "flexigpt", "parameters": {"combination": "sum"}},
+            "flexigpt",
+            "flexigptsum",
+        ),
+        *(
+            ("mine", {"method": "flexigpt", "parameters": {name: value}}, expected, "flexigpt")
+            for name, value, expected in (
+                ("gain", 1.0, "flexigpt10"),
+                ("combination", "squares", "flexigptsquares"),
+                ("distance", "residual", "flexigptresidual"),
+            )
+        ),
+        (
+            "mine",
+            {"method": "flexigpt_extend", "parameters": {"start": 4, "end": 17}},
+            "flexigptextend417",
+            "flexigptextend",
+        ),
     ],
 )
 def test_names_of_variants_in_papers(
@@ -794,6 +814,74 @@ def test_figures_of_the_same_recovery_go_first(bench: Bench, recovery: str, aver
     assert [r.value for r in rows if (r.table, r.metric) == ("LLaMA-7B", "average_7_tasks")] == [
         average
     ]
+
+
+def measured(bench: Bench, key: str, values: dict[str, float]) -> str:
+    """An artefact with these accuracies, by the names of their metrics."""
+    tasks: dict[str, dict[str, float]] = {}
+    for name, value in values.items():
+        task, _, norm = name.partition("_acc")
+        tasks.setdefault(task, {})[f"acc{norm}"] = value
+    return bench.tasks(key, [1, 0], tasks=tasks)
+
+
+FIVE = dict.fromkeys(
+    ("arc_easy_acc_norm", "arc_challenge_acc_norm", "piqa_acc_norm", "hellaswag_acc_norm"), 0.5
+) | {"winogrande_acc": 0.6}
+
+
+def test_averages_are_of_the_tasks_beside_them(bench: Bench) -> None:
+    bench.cells.clear()
+    fields: dict[str, Any] = {"model": "llama-2-7b"}
+    bench.cell("d", "dense", control="dense", tasks=measured(bench, "d", FIVE), **fields)
+    less = {name: value - 0.1 for name, value in FIVE.items()} | {"piqa_acc": 0.9}
+    bench.cell("s", "shortgpt", target=0.3, seed=0, tasks=measured(bench, "s", less), **fields)
+    bench.methods["shortgpt"] = {"method": "shortgpt"}
+    (row,) = (
+        c
+        for c in compare(bench.report(), read_published(PUBLISHED / "flexigpt.csv"))
+        if c.published.metric == "average_5_tasks"
+    )
+    assert row.value == pytest.approx(42)
+    assert row.ratio == pytest.approx(42 / 52)
+    assert row.published_ratio == pytest.approx(53.24 / 69.02)
+    assert row.verdict == "reproduced"
+
+
+@pytest.mark.parametrize(
+    ("recipe", "verdict", "reason"),
+    [
+        ("lora", "reproduced", "our ratio to recovery_only is -1.3 % off the published one"),
+        ("other", "not comparable", "no recovery_only figure of ours"),
+    ],
+)
+def test_ratios_to_the_unpruned_model_that_was_trained_on(
+    bench: Bench, recipe: str, verdict: str, reason: str
+) -> None:
+    """The paper has 36 layers beside 22 that were trained as long, not beside dense ones."""
+    bench.cells.clear()
+    fields: dict[str, Any] = {"model": "tinyllama-1.1b"}
+    for name, score, more in (
+        ("dense", 0.1, {}),
+        ("recovery_only", 0.5, {"recipe": "lora", "seed": 0}),
+        ("recovery_only", 0.6, {"recipe": "lora", "seed": 1}),
+    ):
+        key = f"{name}{score}"
+        tasks = measured(bench, key, dict.fromkeys(FIVE, score))
+        bench.cell(key, name, control=name, tasks=tasks, **more, **fields)
+    tasks = measured(bench, "e", dict.fromkeys(FIVE, 0.55))
+    bench.cell(
+        "e", "flexigpt_extend_block", target=36, recipe=recipe, tasks=tasks, seed=0, **fields
+    )
+    bench.cells[-1]["target"] = {"kind": "layers", "value": 36}
+    (row,) = (
+        c
+        for c in compare(bench.report(), read_published(PUBLISHED / "flexigpt.csv"))
+        if c.published.metric == "average_5_tasks"
+    )
+    assert row.published_ratio == pytest.approx(56.13 / 55.41)
+    assert row.ratio == (pytest.approx(1) if recipe == "lora" else None)
+    assert (row.verdict, row.reason) == (verdict, reason)
 
 
 # Tables with averages whose tasks are not all given.

@@ -11,6 +11,7 @@ from prunelib.cluster.geometry import source_of
 from prunelib.cluster.work import GB, MIB, SMALL_BYTES, Case, Term, Work, billions, loaded
 from prunelib.families import family_of
 from prunelib.methods import create
+from prunelib.rules import Sharer
 
 # Buffers that the steps' code fixes. Their modules import torch, so they are repeated here; a test
 # holds the copies equal.
@@ -305,22 +306,17 @@ def scores_work(case: Case) -> Work:
         return Work(host=(Term("statistics and scores", 10 * disk),), host_seconds=5, disk=disk)
     stored = model.parameters * model.item
     mapped = case.mapped(f"mapped weights {billions(model.parameters)} x {model.item} B", stored)
-    distance = _distance(case)
-    if distance == "nearest":
+    method = create(case.param("method"), case.param("parameters"))
+    sharer, distance = method.rule().sharer, getattr(method, "distance", None)
+    if sharer is not None and distance == "nearest":
         return Work(host=(Term("statistics and scores", 10 * disk),), host_seconds=5, disk=disk)
-    if distance is not None:
-        return _distances(case, mapped, disk)
+    if sharer is not None and distance is not None:
+        return _distances(case, distance, sharer, mapped, disk)
     tensor = Term("three fp64 copies of the largest tensor", 3 * 8 * model.largest)
     # fp64 copy, absolute value and power: each written and read.
     passes = model.parameters * 6 * 8 / GB / case.cluster.host.memory_gbs
     seconds = stored / GB / case.cluster.host.disk_gbs + passes
     return Work(host=(mapped, tensor), host_seconds=seconds, disk=disk)
-
-
-def _distance(case: Case) -> str | None:
-    """Return how a method measures distances between blocks; None for those that do not."""
-    method = create(case.param("method"), case.param("parameters"))
-    return getattr(method, "distance", None) if method.rule().sharer else None
 
 
 def decomposition(shape: tuple[int, int], rank: int) -> float:
@@ -333,8 +329,8 @@ def decomposition(shape: tuple[int, int], rank: int) -> float:
     return float(products + (2 * ITERATIONS + 2) * 4 * (large + small) * width**2)
 
 
-def _distances(case: Case, mapped: Term, disk: float) -> Work:
-    """Return the work of distances between all blocks: a decomposition of every matrix.
+def _distances(case: Case, distance: str, sharer: Sharer, mapped: Term, disk: float) -> Work:
+    """Return the work of distances between all blocks: a decomposition of every matrix or pair.
 
     The factors of all layers' matrices of one name are held, fp32; a pair takes two products of
     factors and two symmetric eigenvalue problems of twice the rank, fp64.
@@ -343,7 +339,7 @@ def _distances(case: Case, mapped: Term, disk: float) -> Work:
     disk += 8 * model.layers**2
     seconds = model.parameters * model.item / GB / case.cluster.host.disk_gbs
     pairs = model.layers * (model.layers - 1) / 2
-    if _distance(case) == "frobenius":
+    if distance == "frobenius":
         # Pieces of rows, fp64, with their product.
         piece = Term("pieces of all layers' rows", 3 * 256 * MIB + model.largest * 4)
         flops = 2.0 * model.layers**2 * sum(r * c for r, c in model.linears.values())
@@ -351,15 +347,20 @@ def _distances(case: Case, mapped: Term, disk: float) -> Work:
         return Work(host=(mapped, piece), flops=2 * flops, host_seconds=2 * seconds, disk=disk)
     source = source_of(case.node)
     assert source is not None
-    sharer = create(case.param("method"), case.param("parameters")).rule().sharer
-    assert sharer is not None
     geometry = source.params["geometry"]
     rank = sharer.rank_of(family_of(geometry), geometry)
     widest = max(sum(shape) for shape in model.linears.values())
     exact = any(2 * (rank + OVERSAMPLE) >= min(shape) for shape in model.linears.values())
+    decomposed = Term("a matrix while it is decomposed", model.largest * (32 if exact else 12))
+    if distance == "residual":
+        flops = pairs * sum(decomposition(shape, rank) for shape in model.linears.values())
+        both = Term("a pair of matrices, and their difference in fp64", model.largest * 16)
+        # All before it are read again for every layer.
+        seconds *= (model.layers + 1) / 2
+        return Work(host=(mapped, decomposed, both), flops=flops, host_seconds=seconds, disk=disk)
     terms = (
         Term("factors of all layers' matrices of a name", 4 * model.layers * rank * widest),
-        Term("a matrix while it is decomposed", model.largest * (32 if exact else 12)),
+        decomposed,
         Term("a pair's products and eigenvectors", 8 * 6 * (2 * rank) ** 2),
     )
     flops = 0.0

@@ -61,6 +61,31 @@ def frobenius_distances(matrices: Callable[[int], torch.Tensor], layers: int) ->
     return np.sqrt(np.clip(squares[:, None] + squares - 2 * gram, 0, None))
 
 
+def residual_distances(
+    matrices: Callable[[int], torch.Tensor], layers: int, rank: int, *, seed: int
+) -> Array:
+    """Return ``||W_i - W_j - D||_F`` of all layers' matrices of one name [layers, layers].
+
+    D is ``W_i - W_j`` truncated to ``rank``: the paper's distance of matrices that are not
+    truncated themselves. Every pair's difference is decomposed.
+
+    Args:
+        matrices: returns the matrix of a layer [out, in].
+        layers: number of layers.
+        rank: r of the truncation.
+        seed: of the randomised decompositions.
+    """
+    distances = np.zeros((layers, layers))
+    for i in range(layers):
+        own = matrices(i).float()
+        for j in range(i):
+            difference = own - matrices(j).float()
+            largest = truncated_svd(difference, rank, seed_of(seed, i, j)).s.double()
+            left = difference.double().square().sum() - largest.square().sum()
+            distances[i, j] = left.clamp(min=0).sqrt()
+    return distances + distances.T
+
+
 def combined(distances: Sequence[Array], combination: str) -> Array:
     """Return one distance per pair of blocks from those of their matrices.
 

@@ -456,10 +456,24 @@ class Experiment:
         modules = (method_module(entry["method"]), self._family(model))
         return Node("prune", labels, params, inputs, modules)
 
-    def _recover(self, checkpoint: Node, labels: tuple[str, ...], name: str, seed: int) -> Node:
-        entry = self.catalogues["recovery"][name]
-        params = self._compute | {"recipe": dict(entry["recipe"]), "seed": seed}
-        inputs = {"checkpoint": checkpoint, "text": self._text(entry["text"])}
+    def _trained_with(self, recovery: str, shares: bool) -> tuple[str, dict[str, Any]]:
+        """Return text and recipe of a recovery, of the latter what matters to a checkpoint."""
+        entry = self.catalogues["recovery"][recovery]
+        recipe = {k: v for k, v in entry["recipe"].items() if shares or k != "kept_lora"}
+        return entry["text"], recipe
+
+    def _filed(self, recovery: str, shares: bool) -> str:
+        """Return the recovery whose place a result has: the catalogue's first that trains alike."""
+        wanted = self._trained_with(recovery, shares)
+        known = self.catalogues["recovery"]
+        return next(name for name in known if self._trained_with(name, shares) == wanted)
+
+    def _recover(
+        self, checkpoint: Node, labels: tuple[str, ...], name: str, seed: int, shares: bool
+    ) -> Node:
+        text, recipe = self._trained_with(name, shares)
+        params = self._compute | {"recipe": recipe, "seed": seed}
+        inputs = {"checkpoint": checkpoint, "text": self._text(text)}
         return Node("recover", (*labels, name), params, inputs, (self._family(labels[0]),))
 
     def _evaluations(
@@ -570,16 +584,18 @@ class Experiment:
             labels += (f"seed{seed}",)
         checkpoint = prune or self._model(model)
         steps: dict[str, Node] = {"prune": prune} if prune else {}
-        adapter = None
+        adapter, filed = None, recovery
         if recovery != "none":
             assert seed is not None
-            adapter = self._recover(checkpoint, labels, recovery, seed)
+            shares = prune is not None and self.methods[method].rule().sharer is not None
+            filed = self._filed(recovery, shares)
+            adapter = self._recover(checkpoint, labels, filed, seed, shares)
             steps["recovery"] = adapter
             if self.data.get("merge", False):
                 pair = {"checkpoint": checkpoint, "adapter": adapter}
                 modules = (self._family(model),)
-                steps["merged"] = Node("merge", (*labels, recovery), {}, pair, modules)
-        steps |= self._evaluations(checkpoint, adapter, (*labels, recovery), efficiency)
+                steps["merged"] = Node("merge", (*labels, filed), {}, pair, modules)
+        steps |= self._evaluations(checkpoint, adapter, (*labels, filed), efficiency)
         return Cell(model, method, control, target, seed, recovery, steps)
 
     def _dense(self, model: str) -> list[Cell]:

@@ -11,12 +11,12 @@ from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.methods.base import ScoringInputs
 from prunelib.methods.shortgpt import BlockInfluence
-from prunelib.rules import DISTANCE, Rule, Sharer
+from prunelib.rules import DISTANCE, Rule, Sharer, rank_in
 
 if TYPE_CHECKING:
     import torch
 
-DISTANCES = ("truncated", "scaled", "nearest", "frobenius")
+DISTANCES = ("truncated", "scaled", "nearest", "frobenius", "residual")
 COMBINATIONS = ("sum", "squares")
 CITATION = """@inproceedings{smith2025flexigpt,
   title = {{FlexiGPT}: Pruning and Extending Large Language Models with Low-Rank Weight Sharing},
@@ -35,7 +35,8 @@ class FlexiGpt(BlockInfluence):
         rank: of the adapters, and of the truncations in the distance: a number, or a share of the
             residual stream's width (the paper's 256 are 0.0625 of Llama-2-7B's).
         distance: ``truncated`` (the paper's), ``scaled`` (the same of matrices divided by their
-            norm), ``frobenius`` (no truncation) or ``nearest`` (the number of blocks between).
+            norm), ``residual`` (the same of matrices that are not truncated), ``frobenius`` (with
+            no adapter either) or ``nearest`` (the number of blocks between).
         combination: of the matrices' distances to a block's: ``sum`` or ``squares``.
         normalise: whether outputs of attention and MLP are normalised in replaced blocks.
         gain: of normalised outputs, before training; the paper says that it is small.
@@ -91,11 +92,12 @@ class FlexiGpt(BlockInfluence):
         from prunelib.criteria.block_distance import (
             combined,
             frobenius_distances,
+            residual_distances,
             truncated_distances,
         )
         from prunelib.low_rank import seed_of
 
-        rank = Sharer(self.rank, None, self.svd_init).rank_of(family, config)
+        rank = rank_in(self.rank, family, config)
         found = []
         for name, shape in family.layer_shapes(config).items():
             if len(shape) < 2:
@@ -104,10 +106,13 @@ class FlexiGpt(BlockInfluence):
             def matrix(layer: int, name: str = name) -> torch.Tensor:
                 return inputs.weight(f"{family.layer_prefix}.{layer}.{name}")
 
+            seed = seed_of(self.seed, name)
             if self.distance == "frobenius":
                 found.append(frobenius_distances(matrix, layers))
+            elif self.distance == "residual":
+                found.append(residual_distances(matrix, layers, rank, seed=seed))
             else:
-                scaled, seed = self.distance == "scaled", seed_of(self.seed, name)
+                scaled = self.distance == "scaled"
                 found.append(truncated_distances(matrix, layers, rank, scaled=scaled, seed=seed))
         return combined(found, self.combination)
 

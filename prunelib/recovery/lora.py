@@ -183,7 +183,7 @@ def recover(
         if recipe.targets:
             fuse(adapted)
         trainable = {n: p for n, p in adapted.named_parameters() if p.requires_grad}
-        check_head(model)
+        check_head(model, place)
         optimiser = torch.optim.AdamW(
             trainable.values(),
             lr=recipe.lr,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
@@ -29,17 +28,19 @@ def hidden_states(
 
 
 def _autocast(model: PreTrainedModel, device: torch.device) -> Any:
-    """Keep fp32 adapters and bf16 base weights in one precision on a GPU."""
+    """Compute in bf16 where frozen weights are; all that is trained is fp32, the head never is."""
     import torch
 
-    weights = cast("torch.Tensor", model.get_input_embeddings().weight)
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    return torch.autocast("cuda", torch.bfloat16, enabled=weights.dtype == torch.bfloat16)
+    frozen = cast("torch.Tensor", model.get_output_embeddings().weight).dtype
+    return torch.autocast(device.type, torch.bfloat16, enabled=frozen == torch.bfloat16)
 
 
-def check_head(model: PreTrainedModel) -> None:
+def check_head(model: PreTrainedModel, device: torch.device) -> None:
     """Refuse a model whose logits are more than its output layer (soft caps, scales).
+
+    Args:
+        model: ready to be trained.
+        device: of the model's input.
 
     Raises:
         InputError: it is one; names its type.
@@ -49,7 +50,7 @@ def check_head(model: PreTrainedModel) -> None:
     inputs = cast("torch.Tensor", model.get_input_embeddings().weight)
     ids = torch.arange(min(8, len(inputs)), device=inputs.device)[None]
     model.eval()
-    with torch.no_grad():
+    with torch.no_grad(), _autocast(model, device):
         logits = model(input_ids=ids, use_cache=False).logits
         head = model.get_output_embeddings()
         ours = head(hidden_states(model, ids).to(head.weight.device))

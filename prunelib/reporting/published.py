@@ -8,13 +8,15 @@ column         meaning
 paper          who published it
 table          which table; ratios to dense are only taken within one table and convention
 model          the paper's model, for instance ``LLaMA-7B``
-method         ``dense``, a registered method, or one with its variant, such as ``magnitude_l2``;
+method         ``dense``; ``recovery_only``, the unpruned model after recovery, in tables without a
+               dense figure; a registered method, or one with its variant, as ``magnitude_l2``;
                behind it, where the paper has several, the recovery as in ``lora_<recovery>``
 target_kind    ``none`` for dense and unstated ratios, ``parameters``, ``groups``, ``blocks`` or
                ``layers``
 target_value   share (0.2) or number of blocks or layers; 0 for dense and unstated ratios
 recovered      ``true`` when the figure is from after recovery
-metric         ``perplexity``, ``<task>_acc`` (or another of a task), ``average_7_tasks``,
+metric         ``perplexity``, ``<task>_acc`` (or another of a task), ``average_5_tasks`` (of the
+               five in the same line of the table, or of LLM-Pruner's 6 or 7 where it gives none),
                ``parameters``, ``macs``, ``memory_mib``, ``latency_s``; others are kept, and not
                compared
 value          the figure as printed; accuracies in percent
@@ -24,14 +26,14 @@ source         where to find it
 =============  ====================================================================================
 
 Absolute figures depend on the harness and the text, so what is compared is the ratio to the dense
-model measured in the same place.
+model measured in the same place, or to the recovered one where a paper's table has that instead.
 """
 
 from __future__ import annotations
 
 import csv
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -44,6 +46,8 @@ from prunelib.reporting.table import AVERAGE, LLM_PRUNER_TASKS
 
 # Our ratio to dense may differ by this share from the published one and count as reproduced.
 TOLERANCE = 0.10
+# What a table's ratios are taken to, the first that it has.
+REFERENCES = ("dense", "recovery_only")
 TARGET_KINDS = ("none", "parameters", "groups", "blocks", "layers")
 
 
@@ -144,8 +148,10 @@ def _plain(text: object) -> str:
 # Parameters that tell a paper's rows of one method apart, and values that their names leave out.
 _NAMING = (
     *("strategy", "criterion", "aggregation", "heads", "attribution", "ranking"),
-    *("remove", "recompute", "rank", "distance", "normalise", "svd_init"),
+    *("remove", "recompute", "rank", "distance", "combination", "normalise", "gain", "svd_init"),
+    *("start", "end"),
 )
+_TASK_ENDINGS = tuple(f"_{name}" for name in TASK_METRICS)
 _USUAL = {"block", "sum", "kv_group", "owner", "local", "truncated"}
 
 
@@ -180,8 +186,13 @@ def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 
 
-def our_value(cell: Cell, figure: Published) -> tuple[float | None, str]:
+def our_value(cell: Cell, figure: Published, tasks: Sequence[str] = ()) -> tuple[float | None, str]:
     """Our figure for the published one's metric, in its unit.
+
+    Args:
+        cell: ours.
+        figure: the published one.
+        tasks: metrics of the tasks that stand beside a published average.
 
     Returns:
         The figure, None where there is none, and why it cannot be compared (empty if it can).
@@ -203,7 +214,7 @@ def our_value(cell: Cell, figure: Published) -> tuple[float | None, str]:
         ), "" if same else f"other input: {macs.get('length')} tokens"
     if figure.metric in ("memory_mib", "latency_s"):
         return None, "other workload and hardware"
-    return _our_accuracy(cell, figure.metric)
+    return _our_accuracy(cell, figure.metric, tasks)
 
 
 def _our_perplexity(cell: Cell, convention: Mapping[str, str]) -> tuple[float | None, str]:
@@ -228,10 +239,12 @@ def _same_condition(key: str, ours: str, wanted: str) -> bool:
     return _plain(ours) == _plain(wanted) or (key, ours) == ("split", "evaluation")
 
 
-def _our_accuracy(cell: Cell, metric: str) -> tuple[float | None, str]:
+def _our_accuracy(cell: Cell, metric: str, beside: Sequence[str]) -> tuple[float | None, str]:
     tasks = cell.content("tasks").get("tasks") or {}
     wanted = [metric]
-    if metric in (AVERAGE, "average_6_tasks"):
+    if metric == f"average_{len(beside)}_tasks":
+        wanted = list(beside)
+    elif metric in (AVERAGE, "average_6_tasks"):
         wanted = [f"{task}_{kind}" for task, kind in LLM_PRUNER_TASKS.items()]
         wanted = [name for name in wanted if metric == AVERAGE or not name.startswith("boolq")]
     values = []
@@ -254,14 +267,22 @@ def compare(report: Report, figures: Iterable[Published]) -> list[Comparison]:
     is among the papers', other models are left out; where it is not, their perplexities are shown
     for orientation. The verdict is ``reproduced`` when our ratio to
     dense is within ``TOLERANCE`` of the published one, ``not reproduced`` otherwise, and ``not
-    comparable`` for another model or convention, or without a dense figure.
+    comparable`` for another model or convention, or without a dense figure. Where a table has a
+    recovered unpruned model in the place of the dense one, so has the comparison: ours of the same
+    recovery.
     """
     published = list(figures)
-    dense = {
-        (row.paper, row.table, row.model, row.metric, row.convention): row.value
+    unpruned = {
+        (row.paper, row.table, row.model, row.metric, row.convention): row
+        for control in reversed(REFERENCES)
         for row in published
-        if row.method == "dense"
+        if row.method == control
     }
+    beside: dict[tuple[object, ...], list[str]] = {}
+    for row in published:
+        tasks = beside.setdefault(_state(row), [])
+        if row.metric.endswith(_TASK_ENDINGS):
+            tasks.append(row.metric)
     known = {_plain(row.model) for row in published}
     methods = {_plain(row.method) for row in published}
     found: list[Comparison] = []
@@ -269,16 +290,24 @@ def compare(report: Report, figures: Iterable[Published]) -> list[Comparison]:
         own_models = _model_names(cells[0].model, report.models.get(cells[0].model, {})) & known
         names = _row_names(report, cells[0], methods)
         for row in published:
-            if row.method == "dense" or not _matches(cells[0], row, names):
+            if row.method in REFERENCES or not _matches(cells[0], row, names):
                 continue
             if own_models and _plain(row.model) not in own_models:
                 continue
             if not own_models and row.metric != "perplexity":
                 continue
-            reference = dense.get((row.paper, row.table, row.model, row.metric, row.convention))
-            ratio = row.value / reference if reference else None
-            found.append(_verdict(report, cells, row, ratio, same_model=bool(own_models)))
+            reference = unpruned.get((row.paper, row.table, row.model, row.metric, row.convention))
+            tasks = beside[_state(row)]
+            found.append(
+                _verdict(report, cells, row, reference, tasks, same_model=bool(own_models))
+            )
     return found
+
+
+def _state(row: Published) -> tuple[object, ...]:
+    """Return what the figures of one line of a paper's table have in common."""
+    where = (row.paper, row.table, row.model, row.method, row.convention)
+    return (*where, row.target_kind, row.target_value, row.recovered)
 
 
 def _row_names(report: Report, cell: Cell, known: set[str]) -> set[str]:
@@ -310,27 +339,36 @@ def _same_target(cell: Cell, row: Published) -> bool:
 
 
 def _verdict(
-    report: Report, cells: list[Cell], row: Published, published: float | None, *, same_model: bool
+    report: Report,
+    cells: list[Cell],
+    row: Published,
+    unpruned: Published | None,
+    tasks: Sequence[str],
+    *,
+    same_model: bool,
 ) -> Comparison:
-    values, reason = _group_values(cells, row)
-    reference, _ = _group_values(
-        [c for c in report.controls if (c.model, c.control) == (cells[0].model, "dense")], row
-    )
+    values, reason = _group_values(cells, row, tasks)
+    published = row.value / unpruned.value if unpruned and unpruned.value else None
+    control = unpruned.method if unpruned else "dense"
+    wanted = (cells[0].model, control, "none" if control == "dense" else cells[0].recovery)
+    own = [c for c in report.controls if (c.model, c.control, c.recovery) == wanted]
+    references, _ = _group_values(own, row, tasks)
+    reference = estimate(references).mean if references else None
     value = estimate(values).mean if values else None
-    ratio = value / reference[0] if value is not None and reference and reference[0] else None
+    ratio = value / reference if value is not None and reference else None
     verdict = "not comparable"
     if not same_model:
         reason = f"other model: {row.model}" + (f"; {reason}" if reason else "")
     elif reason or value is None:
         reason = reason or "not measured"
     elif ratio is None:
-        reason = "no dense figure of ours"
+        reason = f"no {control} figure of ours"
     elif published is None:
         reason = "no published dense figure in the same table and convention"
     else:
         gap = ratio / published - 1
         verdict = "reproduced" if abs(gap) <= TOLERANCE else "not reproduced"
-        reason = f"our ratio to dense is {100 * gap:+.1f} % off the published one"
+        reason = f"our ratio to {control} is {100 * gap:+.1f} % off the published one"
     return Comparison(
         published=row,
         model=cells[0].model,
@@ -345,8 +383,10 @@ def _verdict(
     )
 
 
-def _group_values(cells: list[Cell], row: Published) -> tuple[list[float], str]:
-    found = [our_value(cell, row) for cell in cells]
+def _group_values(
+    cells: list[Cell], row: Published, tasks: Sequence[str]
+) -> tuple[list[float], str]:
+    found = [our_value(cell, row, tasks) for cell in cells]
     values = [value for value, _ in found if value is not None]
     reasons = [reason for value, reason in found if value is not None or not values]
     return values, next((reason for reason in reasons if reason), "")
