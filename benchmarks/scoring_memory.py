@@ -3,8 +3,10 @@
 Over the same calibration windows, each in a fresh process:
 
 * ``forward``: the model's loss without a graph;
+* ``chunked``: the same with logits for a few positions at a time;
 * ``mini_llm``: gradients estimated along a few directions of all weights (``zeroth_order``);
 * ``streamed``: the same with layers read from the checkpoint when their turn comes;
+* ``cold``: the same, and the files not in the system's page cache when it begins;
 * ``gates``: along directions of one factor per unit;
 * ``direct``: gradients along the residual stream alone (``fms_direct``), two forward passes;
 * ``backward``: one loss and one backward pass that keeps the gradients of all weights;
@@ -29,6 +31,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -44,7 +47,17 @@ if TYPE_CHECKING:
 
     import torch
 
-PASSES = ("forward", "mini_llm", "streamed", "gates", "direct", "backward", "first")
+PASSES = (
+    "forward",
+    "chunked",
+    "mini_llm",
+    "streamed",
+    "cold",
+    "gates",
+    "direct",
+    "backward",
+    "first",
+)
 MOST_MEMORY = 1.05
 MOST_TIME = 1.1
 
@@ -61,10 +74,11 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     import torch
     import transformers.models.llama.modeling_llama  # noqa: F401 - part of the interpreter here
 
-    from prunelib.checkpoint import load_model, read_config
+    from prunelib.checkpoint import load_model, read_config, weight_files
     from prunelib.families import family_of
     from prunelib.statistics import fms_direct, fms_gradients, zeroth_order
     from prunelib.statistics.inputs import PassInputs
+    from prunelib.statistics.layerwise import Layers
 
     config = read_config(options.model)
     family = family_of(config)
@@ -74,7 +88,8 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         windows = embedded(options.model, options.text)[2]
     interpreter = status_bytes("VmRSS")
     model: Any
-    if options.worker == "streamed":
+    streams = options.worker in ("streamed", "cold")
+    if streams:
         model = zeroth_order.StreamedLayers(options.model)
     else:
         model = load_model(options.model)
@@ -84,6 +99,13 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     def forward(windows: torch.Tensor) -> None:
         with torch.inference_mode():
             model(windows, labels=windows, use_cache=False)
+
+    def chunked(windows: torch.Tensor) -> None:
+        layers = Layers(model, family)
+        stream = layers.begin(windows, len(windows))
+        for index, layer in layers.sweep():
+            layers.advance(index, layer, stream)
+        layers.loss(stream)
 
     def backward(windows: torch.Tensor) -> None:
         model.zero_grad(set_to_none=True)
@@ -98,8 +120,17 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
             **more,
         )
 
+    def cold(windows: torch.Tensor) -> None:
+        for path in weight_files(options.model):
+            with path.open("rb") as file:
+                os.fsync(file.fileno())
+                os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+        estimate(windows)
+
     run: Callable[[torch.Tensor], Any] = {
         "forward": forward,
+        "chunked": chunked,
+        "cold": cold,
         "mini_llm": estimate,
         "streamed": estimate,
         "gates": lambda windows: estimate(windows, perturbation="gates"),
@@ -108,7 +139,7 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
         "first": lambda w: fms_gradients.collect(PassInputs(model, family, config, w, len(w))),
     }[options.worker]
     run(windows[:2, :8])
-    if options.worker != "streamed":
+    if not streams:
         model.zero_grad(set_to_none=True)
     figures: dict[str, Any] = measured(lambda: run(windows), options.repeats)
     return figures | {
@@ -196,7 +227,7 @@ def report(options: argparse.Namespace) -> int:
     )
     cpu = {name: min(figures["cpu_seconds"]) for name, figures in found.items()}
     passes = 1 + 2 * options.perturbations
-    for name in ("mini_llm", "streamed", "gates"):
+    for name in ("mini_llm", "streamed", "cold", "gates"):
         print(f"{name}: {cpu[name] / (passes * cpu['forward']):.2f} of {passes} forward passes")
     # Embeddings and one block, and what a forward pass with loss holds besides.
     room = 4 * (outer + one["block"]) + one["peak_bytes"]
@@ -220,6 +251,11 @@ def report(options: argparse.Namespace) -> int:
         (
             "streamed / mini_llm, time",
             min(found["streamed"]["seconds"]) / min(found["mini_llm"]["seconds"]),
+            MOST_TIME,
+        ),
+        (
+            "streamed from a disk that has cached nothing / mini_llm, time",
+            min(found["cold"]["seconds"]) / min(found["mini_llm"]["seconds"]),
             MOST_TIME,
         ),
     ]

@@ -37,6 +37,8 @@ _KEYS = {
 }
 # Parts of a block that can go by themselves.
 PARTS = ("attention", "mlp")
+# What is ranked over all layers at once, one score per layer.
+DEPTH_KINDS = ("block", *PARTS)
 # Names among scores of the map that emulates a block: bias, and the two factors.
 EMULATION = ("emulation_bias", "emulation_a", "emulation_b")
 

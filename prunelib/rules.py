@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from prunelib.errors import InputError
-from prunelib.plan import PARTS, SharedBlock, Sharing
+from prunelib.plan import SharedBlock, Sharing
 
 if TYPE_CHECKING:
     from prunelib.families.base import Config, Family
@@ -30,8 +30,6 @@ Scores = Mapping[str, Sequence[npt.NDArray[np.float64]]]
 TARGET_KINDS = ("parameters", "groups", "blocks", "layers")
 RANKINGS = ("local", "global")
 ORDERS = ("block", "sequential")
-# Units that are ranked over all layers at once, one score per layer.
-DEPTH_KINDS = ("block", *PARTS)
 # Scores beside those of blocks: per block, its distance to every other one, and the layer that it
 # is merged into, -1 where it is not.
 DISTANCE = "distance"

@@ -22,8 +22,8 @@ import numpy.typing as npt
 from prunelib.depth_selection import Blocks, block_count, lowest_blocks, repeated_blocks
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families.base import RESIDUAL
-from prunelib.plan import PARTS, Plan
-from prunelib.rules import DEPTH_KINDS, Repeat, Rule, Scores, Target
+from prunelib.plan import DEPTH_KINDS, PARTS, Plan
+from prunelib.rules import Repeat, Rule, Scores, Target
 from prunelib.surgery import remaining_parameters
 
 if TYPE_CHECKING:

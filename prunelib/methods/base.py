@@ -17,7 +17,8 @@ import numpy as np
 from prunelib.criteria.fold import Array
 from prunelib.errors import InputError
 from prunelib.families.base import RESIDUAL
-from prunelib.rules import DEPTH_KINDS, Rule, Scores
+from prunelib.plan import DEPTH_KINDS
+from prunelib.rules import Rule, Scores
 from prunelib.selection import check_iterative
 
 if TYPE_CHECKING:

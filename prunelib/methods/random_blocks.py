@@ -9,7 +9,7 @@ import numpy as np
 
 from prunelib.criteria.fold import Array
 from prunelib.methods.base import DepthMethod, ScoringInputs
-from prunelib.rules import DEPTH_KINDS
+from prunelib.plan import DEPTH_KINDS
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from prunelib.errors import InputError, NonFiniteError
 from prunelib.families.modeling_shared import remove_part
-from prunelib.rules import DEPTH_KINDS
+from prunelib.plan import DEPTH_KINDS
 from prunelib.statistics.layerwise import Layers, Stream
 
 if TYPE_CHECKING:
