@@ -43,23 +43,24 @@ def perplexity(cell: Cell) -> float:
 
 
 def seed_ratios(ours: list[Cell], theirs: list[Cell]) -> list[float]:
-    """Return the ratio of perplexities for every seed both have, or of all where one has none."""
-    there = {cell.seed: perplexity(cell) for cell in theirs}
+    """Return the ratio of perplexities for every seed both have; without a seed, with all."""
     return [
-        perplexity(cell) / there[cell.seed if cell.seed in there else None]
-        for cell in ours
-        if cell.seed in there or None in there
+        perplexity(our) / perplexity(their)
+        for our in ours
+        for their in theirs
+        if our.seed == their.seed or None in (our.seed, their.seed)
     ]
 
 
 def rows(report: Report, references: list[str], methods: list[str]) -> list[tuple[str, ...]]:
-    """Return one row of ``HEADS`` per comparison."""
+    """Return one row of ``HEADS`` per comparison at the same target and recovery."""
     found = []
     for reference in references:
         told = dict(report.experiment) | {"baseline": reference}
         table = paired_differences(replace(report, experiment=told))
         chosen = table[(table.reference == reference) & (table.metric == "nll")]
-        for row in chosen[chosen.method.isin(methods)].itertuples():
+        # A note says that the budgets differ or that nothing compares.
+        for row in chosen[chosen.method.isin(methods) & (chosen.note == "")].itertuples():
             group = (row.model, row.method, row.target, row.recovery)
             ratios = seed_ratios(
                 report.groups[group],
@@ -80,7 +81,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--methods", nargs="+", help="methods compared; by default all")
     options = parser.parse_args(arguments)
     report = load_report(Experiment.load(options.experiment, options.catalogue).report())
-    known = {cell.method for cell in report.cells}
+    known = {cell.method for cell in report.cells if cell.target}
     for name in (*options.references, *(options.methods or ())):
         if name not in known:
             raise InputError(

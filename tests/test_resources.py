@@ -406,16 +406,20 @@ def test_gradients_from_forward_passes_by_hand(cluster: Cluster) -> None:
         )
         for count in (1, 2, 3)
     }
-    # Layer by layer: of 32 layers 16.5 are left on average, and every start reads its own way on;
-    # only the layer that moves is drawn.
-    by_layer = scoring_work.statistics_work(
-        Case(zeroth_order("smollm2-135m", STUDY, perturbations=2, scope="layer"), cluster, None)
-    )
-    whole = scoring_work.statistics_work(
-        Case(zeroth_order("smollm2-135m", STUDY, perturbations=2), cluster, None)
+    # Layer by layer: of 30 layers 15.5 are left on average, and only the layer that moves is drawn.
+    read = {"streamed": True}
+    by_layer, whole, read_by_layer, read_whole = (
+        scoring_work.statistics_work(
+            Case(zeroth_order("smollm2-135m", STUDY, perturbations=2, **told), cluster, None)
+        )
+        for told in ({"scope": "layer"}, {}, {"scope": "layer", **read}, read)
     )
     assert by_layer.flops / whole.flops == pytest.approx((2 + 4 * 15.5) / (2 + 4))
     assert by_layer.host_seconds == whole.host_seconds > 0
+    # Three walks, or 18.5: 15.5 for both directions together, and one that moves the start on.
+    blocks = 30 * 3_540_096 * 4 / 1e9 / cluster.host.disk_gbs
+    more = read_by_layer.host_seconds - read_whole.host_seconds
+    assert more == pytest.approx(15.5 * blocks)
     # Two passes for every direction more.
     assert work[3].flops - work[2].flops == work[2].flops - work[1].flops
     assert work[2].flops / work[1].flops == pytest.approx(6 / 4)
