@@ -11,11 +11,10 @@ seeds averaged first, and the ratio of every seed alone, whose spread the interv
 from __future__ import annotations
 
 import argparse
+import math
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING
-
-import numpy as np
 
 from prunelib.command import experiment_parser, reporting_errors
 from prunelib.errors import InputError
@@ -54,22 +53,26 @@ def seed_ratios(ours: list[Cell], theirs: list[Cell]) -> list[float]:
 
 def rows(report: Report, references: list[str], methods: list[str]) -> list[tuple[str, ...]]:
     """Return one row of ``HEADS`` per comparison at the same target and recovery."""
-    found = []
+    found: list[tuple[str, ...]] = []
     for reference in references:
         told = dict(report.experiment) | {"baseline": reference}
         table = paired_differences(replace(report, experiment=told))
         chosen = table[(table.reference == reference) & (table.metric == "nll")]
         # A note says that the budgets differ or that nothing compares.
-        for row in chosen[chosen.method.isin(methods) & (chosen.note == "")].itertuples():
-            group = (row.model, row.method, row.target, row.recovery)
-            ratios = seed_ratios(
-                report.groups[group],
-                report.groups[(row.model, reference, row.target, row.recovery)],
+        chosen = chosen[chosen.method.isin(methods) & (chosen.note == "")]
+        for row in chosen.to_dict("records"):
+            model, method, target, recovery = (
+                str(row[part]) for part in ("model", "method", "target", "recovery")
             )
-            low, high = np.exp(min(row.low, row.t_low)), np.exp(max(row.high, row.t_high))
-            shown = (f"{row.ratio:.3f}", f"{low:.3f} to {high:.3f}")
+            ratios = seed_ratios(
+                report.groups[model, method, target, recovery],
+                report.groups[model, reference, target, recovery],
+            )
+            low = math.exp(min(float(row["low"]), float(row["t_low"])))
+            high = math.exp(max(float(row["high"]), float(row["t_high"])))
+            shown = (f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
             seeds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-            found.append((row.target, row.recovery, row.method, reference, *shown, seeds))
+            found.append((target, recovery, method, reference, *shown, seeds))
     return found
 
 
@@ -87,9 +90,14 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(
                 f"{name} is no method of the study; allowed: {', '.join(sorted(known))}"
             )
+    compared = rows(report, options.references, options.methods or sorted(known))
+    if not compared:
+        raise InputError(
+            f"{options.experiment}: no finished cell of {', '.join(options.references)} compares"
+        )
     print("| " + " | ".join(HEADS) + " |")
     print("|---" * len(HEADS) + "|")
-    for row in rows(report, options.references, options.methods or sorted(known)):
+    for row in compared:
         print("| " + " | ".join(row) + " |")
     return 0
 
