@@ -451,6 +451,30 @@ def test_a_step_commits_under_its_planned_key(tmp_path: Path) -> None:
     assert not execute(request, main)
 
 
+def test_a_record_has_the_costs_of_all_that_the_step_builds_on(tmp_path: Path) -> None:
+    """Directly and through others, each once; of records without costs behind them, as far."""
+    request = make_request(tmp_path)
+    source = tmp_path / "statistics" / "beefbeefbeefbeef"
+    behind = {"step": "calibration", "seconds": 3, "peak_memory_bytes": 7}
+    costs = {"upstream_costs": {"0123456789abcdef": behind}}
+    artefact.commit(source, fill, {"step": "statistics", "key": source.name, **costs})
+    inputs = request.inputs | {"statistics": source, "again": source}
+    upstream = {name: path.name for name, path in inputs.items()}
+    key = planned_key("prune", request.params, ENTRY, upstream, PACKAGES)
+    out = request.out.with_name(key)
+    assert execute(replace(request, key=key, inputs=inputs, out=out), main)
+    found = artefact.read(out)["upstream_costs"]
+    assert set(found) == {"feedfeedfeedfeed", source.name, "0123456789abcdef"}
+    assert found["0123456789abcdef"] == behind
+    record = artefact.read(source)
+    assert found[source.name] == {
+        "step": "statistics",
+        "seconds": record["seconds"],
+        "peak_memory_bytes": record["peak_memory_bytes"],
+        "peak_gpu_memory_bytes": None,
+    }
+
+
 def test_a_valid_artefact_is_enough_even_without_its_inputs(tmp_path: Path) -> None:
     request = make_request(tmp_path)
     execute(request, main)

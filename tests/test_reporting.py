@@ -21,7 +21,7 @@ from prunelib.errors import InputError, IntegrityError
 from prunelib.reporting.artefacts import Cell, Report, Target, load_report
 from prunelib.reporting.build import build
 from prunelib.reporting.flags import find_flags, off_budget
-from prunelib.reporting.html import cost_tables, headlines, sharing_sizes
+from prunelib.reporting.html import cost_tables, headlines, scoring_rows, sharing_sizes
 from prunelib.reporting.plots import accuracy, widths
 from prunelib.reporting.published import (
     compare,
@@ -267,6 +267,35 @@ def test_sizes_to_be_shared_are_summed_over_artefacts_not_over_cells(bench: Benc
         f"which the same bytes are made again, {plans / 1e6:.3f} MB; "
         "1 adapters take 0.0 MB in both forms."
     )
+
+
+def test_what_scoring_took_is_summed_over_its_steps_and_averaged_over_runs(
+    bench: Bench, tmp_path: Path
+) -> None:
+    """Seconds 9 + 1 and 19 + 1; the peak is a pass's, not the calibration's; cells share runs."""
+    for seed, seconds in enumerate((9.0, 19.0)):
+        steps = {
+            "c": {"step": "calibration", "seconds": 99.0, "peak_memory_bytes": 2**40},
+            "s": {"step": "statistics", "seconds": seconds, "peak_memory_bytes": 3 * 2**20,
+                  "peak_gpu_memory_bytes": (5 + seed) * 2**20},
+            "z": {"step": "scores", "seconds": 1.0, "peak_memory_bytes": 2**20,
+                  "peak_gpu_memory_bytes": None},
+        }  # fmt: skip
+        path = bench.root / "prune" / f"pg{seed}" / "provenance.json"
+        record = json.loads(path.read_text()) | {"upstream_costs": steps}
+        path.write_text(json.dumps(record))
+        for recipe in ("lora", "longer"):
+            bench.cell(f"{recipe}-{seed}", "good", target=0.2, seed=seed, recipe=recipe,
+                       prune=str(path.parent))  # fmt: skip
+    frame = load_cells(bench.report())
+    row = frame.set_index("cell").loc["good-1"]
+    assert row["scoring_seconds"] == 20
+    assert row["scoring_peak_memory_bytes"] == 3 * 2**20
+    assert row["scoring_peak_gpu_memory_bytes"] == 6 * 2**20
+    assert scoring_rows(frame) == [
+        {"names": ["tiny", "good"], "runs": 2, "values": [number(15.0), "3", "6"]}
+    ]
+    assert "peak GPU memory, MiB" in build(bench.params(), tmp_path / "out").read_text()
 
 
 def test_seeds_that_share_an_artefact_count_once(bench: Bench) -> None:

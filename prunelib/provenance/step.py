@@ -130,6 +130,7 @@ Main = Callable[[StepRequest, Path], None]
 
 _SMALL_BYTES = 64 * 2**20
 _WEIGHTS = re.compile(r"model.*\.safetensors")
+_COSTS = ("step", "seconds", "peak_memory_bytes", "peak_gpu_memory_bytes")
 _PLANNED = Snapshot()
 
 
@@ -222,6 +223,7 @@ def _make(request: StepRequest, main: Main, check: Callable[[Fingerprint], None]
         "key": request.key,
         "params": request.params,
         "upstream": upstream,
+        "upstream_costs": _upstream_costs(request.inputs.values()),
         "fingerprint": code.digest,
         "definitions": code.definitions,
         "packages": versions,
@@ -252,6 +254,22 @@ def _input_key(name: str, directory: Path) -> str:
     artefact.verify(directory, here)
     key: str = record["key"]
     return key
+
+
+def _upstream_costs(inputs: Iterable[Path]) -> dict[str, dict[str, Any]]:
+    """Return what everything that the inputs were made from took, and they themselves, by key.
+
+    Whoever has this record knows these figures without the artefacts they are of: ``step``,
+    ``seconds`` and the peak memory of the process that made each one, in bytes on the host and on
+    its GPUs.
+    """
+    costs: dict[str, dict[str, Any]] = {}
+    for directory in inputs:
+        record = artefact.read(directory)
+        # Artefacts of earlier versions have no costs of what is behind them.
+        costs |= record.get("upstream_costs") or {}
+        costs[record["key"]] = {name: record.get(name) for name in _COSTS}
+    return costs
 
 
 def _refuse_unlisted(code: Fingerprint) -> None:

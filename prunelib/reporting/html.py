@@ -11,7 +11,7 @@ import hashlib
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from prunelib.reporting.artefacts import STEPS, Cell, Report, hardware_label
 from prunelib.reporting.flags import Flag, describe_recovery, flags_of, packages_of
@@ -177,6 +177,31 @@ def cost_tables(frame: pd.DataFrame) -> list[dict[str, Any]]:
             }
         )
     return tables
+
+
+def scoring_rows(frame: pd.DataFrame) -> list[dict[str, Any]]:
+    """What scoring took per model and method: mean seconds and largest peaks over its runs."""
+    names = ("scoring_seconds", "scoring_peak_memory_bytes", "scoring_peak_gpu_memory_bytes")
+    present = [name for name in names if name in frame.columns]
+    if not present:
+        return []
+    # Cells that differ in recovery alone share their pruned model.
+    scored = frame[frame[names[0]].notna()].drop_duplicates("prune_key")
+    rows = []
+    for group, runs in scored.groupby(["model", "method"], sort=False):
+        values = dict.fromkeys(names, math.nan)
+        for name in present:
+            values[name] = runs[name].mean() if name == names[0] else runs[name].max()
+        texts = [
+            ""
+            if math.isnan(value)
+            else (number(value) if name == names[0] else f"{value / 2**20:,.0f}")
+            for name, value in values.items()
+        ]
+        rows.append(
+            {"names": list(cast("tuple[str, str]", group)), "runs": len(runs), "values": texts}
+        )
+    return rows
 
 
 def _cost_conditions(part: pd.DataFrame) -> str:
@@ -456,6 +481,7 @@ def render(
         headings=[heading(name) for name in metrics],
         rows=summary_rows(report, summary, flags, metrics),
         costs=cost_tables(frame),
+        scoring=scoring_rows(frame),
         paired=paired_rows(paired),
         flags=flag_groups(flags),
         comparisons=comparisons,

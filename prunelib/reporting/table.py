@@ -20,6 +20,8 @@ if TYPE_CHECKING:
 # block of a small model is 2 to 3 % of its parameters, so the nearest count is within half of that.
 BUDGET_TOLERANCE = 0.02
 
+SCORING_STEPS = ("statistics", "scores")
+
 # LLM-Pruner's average: acc for some tasks, acc_norm for others.
 LLM_PRUNER_TASKS = {
     "boolq": "acc",
@@ -204,6 +206,28 @@ def sharing_bytes(cell: Cell) -> dict[str, int]:
     return sizes
 
 
+def scoring_costs(cell: Cell) -> dict[str, Any]:
+    """Seconds and peak memory (bytes) of the passes and scores that a cell was pruned by.
+
+    Seconds are summed over steps; a pass that serves several methods counts for each. Peaks are
+    the largest of any step's process, on the host and, where GPUs were used, on these. Empty where
+    the record of the pruned model does not have them.
+    """
+    prune = cell.artefacts.get("prune")
+    known = prune.provenance.get("upstream_costs") if prune else None
+    steps = [cost for cost in (known or {}).values() if cost.get("step") in SCORING_STEPS]
+    found: dict[str, Any] = {}
+    for name, combine in (
+        ("seconds", sum),
+        ("peak_memory_bytes", max),
+        ("peak_gpu_memory_bytes", max),
+    ):
+        values = [cost[name] for cost in steps if cost.get(name) is not None]
+        if values:
+            found[f"scoring_{name}"] = combine(values)
+    return found
+
+
 def _status(cell: Cell) -> str:
     if not cell.missing:
         return "complete"
@@ -224,7 +248,7 @@ def _row(report: Report, cell: Cell) -> dict[str, Any]:
         "status": _status(cell),
         "missing": "; ".join(f"{step}: {why}" for step, why in sorted(cell.missing.items())),
     }
-    row |= _size_columns(report, cell) | sharing_bytes(cell)
+    row |= _size_columns(report, cell) | sharing_bytes(cell) | scoring_costs(cell)
     if cell.content("perplexity"):
         row |= _perplexity_columns(cell.content("perplexity"))
     if cell.content("tasks"):
