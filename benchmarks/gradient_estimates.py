@@ -40,6 +40,7 @@ REFERENCES = (
     "mini_llm_backprop_gates_taylor",
 )
 KINDS = {"mlp_channel": "MLP channels within a layer", "kv_group": "kv groups over all layers"}
+LAYERS = "mlp_channel_layers"
 ESTIMATORS = (
     "mini_llm",
     "mini_llm_rademacher",
@@ -60,11 +61,13 @@ def spearman(one: Any, other: Any) -> float:
     return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
-def agreement(scores: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, float]:
-    """Return the mean correlation of channels within a layer, and that of all kv groups."""
-    layers = zip(scores["mlp_channel"], true["mlp_channel"], strict=True)
+def agreement(scores: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the correlations of channels, their mean over layers, and that of all kv groups."""
+    pairs = zip(scores["mlp_channel"], true["mlp_channel"], strict=True)
+    layers = [spearman(a, b) for a, b in pairs]
     return {
-        "mlp_channel": float(np.mean([spearman(a, b) for a, b in layers])),
+        "mlp_channel": float(np.mean(layers)),
+        LAYERS: [round(value, 4) for value in layers],
         "kv_group": spearman(np.concatenate(scores["kv_group"]), np.concatenate(true["kv_group"])),
     }
 
@@ -199,7 +202,7 @@ def summary(rows: Sequence[Mapping[str, Any]]) -> pd.DataFrame:
 def markdown(table: pd.DataFrame) -> str:
     """Return the summary as a table."""
     heads = ["against", "estimator", "perturbations", "forward passes", "channels", "kv groups"]
-    heads.append("perplexity")
+    heads += ["perplexity", "seeds"]
     lines = [f"| {' | '.join(heads)} |", "|---" * len(heads) + "|"]
     for row in table.to_dict("records"):
         cells = [
@@ -208,23 +211,40 @@ def markdown(table: pd.DataFrame) -> str:
             for figure, digits in (*((kind, 3) for kind in KINDS), ("perplexity", 1))
         ]
         names = f"| {row['reference']} | {row['estimator']} | {row['perturbations'] or '-'} "
+        cells.append(f"{row['seeds']}")
         lines.append(f"{names}| {row['forward_passes']:.0f} | {' | '.join(cells)} |")
     return "\n".join(lines)
 
 
-def plot(table: pd.DataFrame, path: Path) -> None:
+def by_layer(rows: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
+    """Return every estimator's correlations with the criterion by layer, means over seeds.
+
+    With as many directions as it was measured with; of rows that have no list, none.
+    """
+    most: dict[str, dict[int, list[list[float]]]] = {}
+    for row in rows:
+        if LAYERS in row and row["reference"] == REFERENCES[0] != row["estimator"]:
+            counts = most.setdefault(row["estimator"], {})
+            counts.setdefault(row["perturbations"], []).append(row[LAYERS])
+    return {
+        name: list(np.mean(counts[max(counts)], axis=0)) for name, counts in sorted(most.items())
+    }
+
+
+def plot(table: pd.DataFrame, layers: Mapping[str, Sequence[float]], path: Path) -> None:
     """Write correlation, and perplexity without half of the channels, against forward passes.
 
-    One panel per reference and kind of unit, and one for perplexity. What draws no directions, or
-    has no number of them, is a horizontal line.
+    One panel per reference and kind of unit, one for perplexity, and one of the channels'
+    correlations by layer. What draws no directions, or has no number of them, is a horizontal
+    line.
     """
     import matplotlib as mpl
 
     mpl.use("agg")
     import matplotlib.pyplot as plt
 
-    figure = plt.figure(figsize=(10, 16), layout="constrained")
-    grid = figure.add_gridspec(len(REFERENCES) + 1, len(KINDS), height_ratios=[1, 1, 1, 1.4])
+    figure = plt.figure(figsize=(10, 20), layout="constrained")
+    grid = figure.add_gridspec(len(REFERENCES) + 2, len(KINDS), height_ratios=[1, 1, 1, 1.4, 1.4])
     names = sorted(table.estimator[table.perturbations > 0].unique())
     styles = dict(zip(names, [(f"C{i}", "osv^D"[i % 5]) for i in range(len(names))], strict=True))
 
@@ -271,10 +291,19 @@ def plot(table: pd.DataFrame, path: Path) -> None:
     title = "without the lower half of the MLP channels of all layers but the outer two"
     title += f"; above: {', '.join(beyond)}" if beyond else ""
     once = once[~once.estimator.isin(beyond)]
-    axis = draw(grid[-1, :], once, "perplexity", title, "perplexity")
+    axis = draw(grid[-2, :], once, "perplexity", title, "perplexity")
     axis.set_ylim(0.95 * once.perplexity_mean.min(), most)
     handles, labels = axis.get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    axis = figure.add_subplot(grid[-1, :])
+    for name, values in layers.items():
+        colour, marker = styles.get(name, (None, ""))
+        axis.plot(values, color=colour, marker=marker, ms=4, ls="-" if marker else "--", label=name)
+    title = f"MLP channels within each layer, against {REFERENCES[0]}, most directions measured"
+    axis.set_title(title, fontsize=9)
+    axis.set(xlabel="layer", ylabel="Spearman's correlation")
+    axis.grid(alpha=0.3)
+    axis.legend(fontsize=6, ncols=2)
     figure.savefig(path, dpi=110)
 
 
@@ -304,11 +333,12 @@ def main() -> int:
     else:
         rows = figures(options)
     if options.json:
-        options.json.write_text(json.dumps(rows, indent=1) + "\n", encoding="utf-8")
+        lines = ",\n".join(json.dumps(row) for row in rows)
+        options.json.write_text(f"[\n{lines}\n]\n", encoding="utf-8")
     table = summary(rows)
     print(markdown(table))
     if options.plot:
-        plot(table, options.plot)
+        plot(table, by_layer(rows), options.plot)
     return 0
 
 
