@@ -303,7 +303,8 @@ def plot(table: pd.DataFrame, layers: Mapping[str, Sequence[float]], path: Path)
     axis.set_title(title, fontsize=9)
     axis.set(xlabel="layer", ylabel="Spearman's correlation")
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=6, ncols=2)
+    if layers:
+        axis.legend(fontsize=6, ncols=2)
     figure.savefig(path, dpi=110)
 
 

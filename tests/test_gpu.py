@@ -128,3 +128,29 @@ def test_layers_spread_over_two_gpus_give_the_same_perplexity(
     here = perplexity(load_model(tiny_checkpoint("llama")), WINDOWS).perplexity
     model = load_model(tiny_checkpoint("llama"), device="cuda")
     assert perplexity(model, WINDOWS).perplexity == pytest.approx(here, rel=1e-4)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="fewer than two GPUs are visible here")
+def test_layers_spread_over_two_gpus_give_the_same_statistics(
+    tiny_checkpoint: Callable[[str], Path],
+) -> None:
+    """Gates' directions are the same on every device; weights' are not."""
+    config = tiny_config("llama")
+    family, gates = family_of(config), {"seed": 0, "perturbation": "gates", "epsilon": 0.01}
+    here, there = (
+        load_model(tiny_checkpoint("llama")),
+        load_model(tiny_checkpoint("llama"), device="cuda"),
+    )
+    assert len({parameter.device for parameter in there.parameters()}) == 2
+    for module, options, tolerance in (
+        (fms_gradients, {}, 1e-3),
+        (fms_direct, {}, 1e-3),
+        (zeroth_order, gates, 1e-2),
+    ):
+        expected, found = (
+            module.collect(PassInputs(model, family, config, WINDOWS, 6), **options)
+            for model in (here, there)
+        )
+        for key, value in expected.items():
+            scale = value.abs().max().item() + 1e-6
+            assert (found[key] - value).abs().max().item() < tolerance * scale, key
