@@ -1,8 +1,9 @@
 """Print how a study's methods differ from several references, document by document.
 
 ``report.html`` compares with one baseline; this compares with any, from the same artefacts: the
-ratio of perplexities with its 95 % interval over documents (the wider limits of bootstrap and t),
-seeds averaged first, and the ratio of every seed alone, whose spread the interval does not hold.
+ratio of perplexities, or with ``--metric`` the difference of a task's scores in points, with its
+95 % interval over documents (the wider limits of bootstrap and t), seeds averaged first, and that
+of every seed alone, whose spread the interval does not hold.
 
     python benchmarks/study_pairs.py --experiment config/experiments/study_mini_llm_channels.yaml \
         --references wanda_sp wanda_noise --methods mini_llm_direct mini_llm
@@ -25,54 +26,63 @@ from prunelib.reporting.table import paired_differences
 if TYPE_CHECKING:
     from prunelib.reporting.artefacts import Cell, Report
 
-HEADS = (
-    "target",
-    "recovery",
-    "method",
-    "reference",
-    "ratio",
-    "95 % over documents",
-    "single seeds",
-)
+HEADS = ("target", "recovery", "method", "reference")
+PERPLEXITY = "nll"
 
 
-def perplexity(cell: Cell) -> float:
-    """Return a cell's perplexity."""
-    return float(cell.content("perplexity")["perplexity"])
+def score(cell: Cell, metric: str) -> float:
+    """Return a cell's mean NLL, nat per token, or its score in a task, ``task/acc``."""
+    if metric == PERPLEXITY:
+        return float(cell.content("perplexity")["nll_mean"])
+    task, kind = metric.split("/")
+    return float(cell.content("tasks")["tasks"][task][kind])
 
 
-def seed_ratios(ours: list[Cell], theirs: list[Cell]) -> list[float]:
-    """Return the ratio of perplexities for every seed both have; without a seed, with all."""
+def shown(difference: float, metric: str) -> str:
+    """Return a difference of scores as a ratio of perplexities or in points."""
+    return f"{math.exp(difference):.3f}" if metric == PERPLEXITY else f"{100 * difference:+.1f}"
+
+
+def single_seeds(ours: list[Cell], theirs: list[Cell], metric: str) -> list[float]:
+    """Return the difference of scores for every seed both have; without a seed, with all."""
     return [
-        perplexity(our) / perplexity(their)
+        score(our, metric) - score(their, metric)
         for our in ours
         for their in theirs
         if our.seed == their.seed or None in (our.seed, their.seed)
     ]
 
 
-def rows(report: Report, references: list[str], methods: list[str]) -> list[tuple[str, ...]]:
-    """Return one row of ``HEADS`` per comparison at the same target and recovery."""
+def rows(
+    report: Report, references: list[str], methods: list[str], metric: str = PERPLEXITY
+) -> list[tuple[str, ...]]:
+    """Return one row per comparison at the same target and recovery, see ``main``."""
     found: list[tuple[str, ...]] = []
     for reference in references:
         told = dict(report.experiment) | {"baseline": reference}
         table = paired_differences(replace(report, experiment=told))
-        chosen = table[(table.reference == reference) & (table.metric == "nll")]
+        chosen = table[(table.reference == reference) & (table.metric == metric)]
         # A note says that the budgets differ or that nothing compares.
         chosen = chosen[chosen.method.isin(methods) & (chosen.note == "")]
         for row in chosen.to_dict("records"):
             model, method, target, recovery = (
                 str(row[part]) for part in ("model", "method", "target", "recovery")
             )
-            ratios = seed_ratios(
+            alone = single_seeds(
                 report.groups[model, method, target, recovery],
                 report.groups[model, reference, target, recovery],
+                metric,
             )
-            low = math.exp(min(float(row["low"]), float(row["t_low"])))
-            high = math.exp(max(float(row["high"]), float(row["t_high"])))
-            shown = (f"{row['ratio']:.3f}", f"{low:.3f} to {high:.3f}")
-            seeds = ", ".join(f"{ratio:.3f}" for ratio in ratios)
-            found.append((target, recovery, method, reference, *shown, seeds))
+            low = min(float(row["low"]), float(row["t_low"]))
+            high = max(float(row["high"]), float(row["t_high"]))
+            found.append(
+                (
+                    *(target, recovery, method, reference),
+                    shown(float(row["difference"]), metric),
+                    f"{shown(low, metric)} to {shown(high, metric)}",
+                    ", ".join(shown(value, metric) for value in alone),
+                )
+            )
     return found
 
 
@@ -82,6 +92,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser: argparse.ArgumentParser = experiment_parser(__doc__)
     parser.add_argument("--references", nargs="+", required=True, help="methods compared with")
     parser.add_argument("--methods", nargs="+", help="methods compared; by default all")
+    parser.add_argument(
+        "--metric", default=PERPLEXITY, help="nll, or a task and its kind of score: task/acc"
+    )
     options = parser.parse_args(arguments)
     report = load_report(Experiment.load(options.experiment, options.catalogue).report())
     known = {cell.method for cell in report.cells if cell.target}
@@ -90,13 +103,16 @@ def main(arguments: list[str] | None = None) -> int:
             raise InputError(
                 f"{name} is no method of the study; allowed: {', '.join(sorted(known))}"
             )
-    compared = rows(report, options.references, options.methods or sorted(known))
+    compared = rows(report, options.references, options.methods or sorted(known), options.metric)
     if not compared:
         raise InputError(
-            f"{options.experiment}: no finished cell of {', '.join(options.references)} compares"
+            f"{options.experiment}: no finished cell of {', '.join(options.references)} compares "
+            f"by {options.metric}"
         )
-    print("| " + " | ".join(HEADS) + " |")
-    print("|---" * len(HEADS) + "|")
+    difference = "ratio" if options.metric == PERPLEXITY else f"{options.metric}, points"
+    heads = (*HEADS, difference, "95 % over documents", "single seeds")
+    print("| " + " | ".join(heads) + " |")
+    print("|---" * len(heads) + "|")
     for row in compared:
         print("| " + " | ".join(row) + " |")
     return 0
