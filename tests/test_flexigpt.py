@@ -1207,7 +1207,8 @@ def test_study_compares_at_equal_net_parameters() -> None:
             assert abs(removed / plan.parameters[0] - target.value) < 0.0035, name
 
 
-def test_correlations_of_distances_by_hand() -> None:
+def test_correlations_of_distances_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CONFIG.parent / "benchmarks"))
     from benchmarks.flexigpt_bases import correlations, spearman
 
     assert spearman(np.array([1.0, 2, 3]), np.array([5.0, 9, 7])) == pytest.approx(0.5)
@@ -1221,11 +1222,12 @@ def test_correlations_of_distances_by_hand() -> None:
     assert (size, other) == (pytest.approx(1), pytest.approx(-1))
     # 3, 1, 4, 2 beside 1, 1, 2, 3 places.
     assert place == pytest.approx(spearman(np.array([3.0, 1, 4, 2]), np.array([1.0, 1, 2, 3])))
-    # Ranks 2, 0, 3, 1 beside .5, .5, 2, 3: 1.5 of the root of 5 x 4.5.
-    assert place == pytest.approx(1.5 / math.sqrt(5 * 4.5))
+    # Ranks 2, 0, 3, 1 beside .5, .5, 2, 3: products of 1, squares of 5 and 4.5.
+    assert place == pytest.approx(1 / math.sqrt(5 * 4.5))
 
 
-def test_ratios_of_speeds_by_hand() -> None:
+def test_ratios_of_speeds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CONFIG.parent / "benchmarks"))
     from benchmarks.checkpoint_speed import ratio
 
     mean, low, high = ratio([2.0, 8.0], [1.0, 2.0])
