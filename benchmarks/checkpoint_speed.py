@@ -5,8 +5,9 @@ on 10 x 128 calibration tokens. Each figure comes from a process of its own:
 
 * disk: the weight files;
 * weights: anonymous memory after loading less that before, weights copied out of the mapped file;
-* peak: VmHWM over loading, a prompt and decoding, less what the interpreter and its imports hold.
-  glibc's threshold for mapping memory is fixed for both;
+* peak: VmHWM over a prompt and decoding, less what the interpreter and its imports hold; loading,
+  which has the file mapped beside the copies, is over. glibc's threshold for mapping memory is
+  fixed for both;
 * tokens/s of greedy decoding with a cache, the median of a process's repeats. Processes take turns,
   round after round; the ratio to the unpruned model is taken within a round, and its mean over
   rounds has a 95 % t-interval (of logarithms).
@@ -79,6 +80,8 @@ def worker(options: argparse.Namespace) -> dict[str, Any]:
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()
     weights = status_bytes("RssAnon") - before
+    # 5 sets the peak back to what is resident now.
+    Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     settings = EfficiencySettings(
         length=options.length, new_tokens=options.new_tokens, repeats=options.repeats
     )
