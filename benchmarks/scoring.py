@@ -62,7 +62,7 @@ def status_bytes(field: str) -> int:
 
 
 def embedded(
-    model: Path, text: Path, count: int = 10, length: int = 128
+    model: Path, text: Path, count: int = 10, length: int = 128, seed: int = 0
 ) -> tuple[Any, Config, torch.Tensor]:
     """Return the fetched model, its config and windows [count, length] of the text."""
     import torch
@@ -73,7 +73,7 @@ def embedded(
     from prunelib.data.tokenizer import load_tokenizer
 
     tokens = tokenise(read_articles(text, "calibration"), load_tokenizer(model))
-    windows = torch.from_numpy(sample_windows(tokens, count, length, 0)[0])
+    windows = torch.from_numpy(sample_windows(tokens, count, length, seed)[0])
     return load_model(model), read_config(model), windows
 
 

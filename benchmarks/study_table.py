@@ -1,8 +1,9 @@
 """Print a study's table from its ``benchmark.csv``: mean, standard deviation and single seeds.
 
 One row per target, recovery and method, the best of each method first; the share of parameters
-removed, and the same with adapters not counted where there are any; perplexity, its ratio to that
-of the unpruned model and, where the study has tasks, their mean accuracy and chrF, over the seeds.
+removed, and the same with adapters not counted where there are any; millions of parameters that
+recovery trained, where it is known; perplexity, its ratio to that of the unpruned model and, where
+the study has tasks, their mean accuracy and chrF, over the seeds.
 Cells without a seed count once.
 
     python benchmarks/study_table.py docs/studies/llm_pruner.csv
@@ -11,6 +12,7 @@ Cells without a seed count once.
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -35,7 +37,8 @@ def markdown(studies: list[Path]) -> str:
     shares = {"removed": data.realised_ratio}
     if "gross_ratio" in data.columns:
         shares["adapters not counted"] = data.gross_ratio.fillna(data.realised_ratio)
-    heads = ["target", "recovery", "method", *shares, "perplexity", "ratio to unpruned"]
+    trained = ["trained"] if "trained_parameters" in data.columns else []
+    heads = ["target", "recovery", "method", *shares, *trained, "perplexity", "ratio to unpruned"]
     texts = [name for name in map(str, data.columns) if name.endswith("_chrf")]
     scores = {name: columns for name, columns in (("accuracy", tasks), ("chrF", texts)) if columns}
     heads += ["single seeds", *scores]
@@ -47,6 +50,9 @@ def markdown(studies: list[Path]) -> str:
         ratio = rows.perplexity / dense[0]
         row = [target, recovery, method]
         row += [f"{share[rows.index].mean():.2%}" for share in shares.values()]
+        if trained:
+            count = rows.trained_parameters.mean()
+            row.append("" if math.isnan(count) else f"{count / 1e6:.2f} M")
         row += [
             f"{rows.perplexity.mean():.1f}",
             _spread(ratio),

@@ -977,7 +977,7 @@ def test_experiments_plan(name: str) -> None:
     [
         ("flexigpt_1b_kept", "flexigpt_1b", {"kept_lora": True}),
         ("flexigpt_10b", "flexigpt_1b", {"tokens": 10_000_000_000}),
-        ("lora_quick_kept", "lora_quick", {"kept_lora": True}),
+        ("adapters_12k_kept", "adapters_12k", {"kept_lora": True}),
         ("lora_quick_no_mlp", "lora_quick", {"targets": ["attention"]}),
         ("lora_quick_no_attention", "lora_quick", {"targets": ["mlp"]}),
     ],
@@ -1002,7 +1002,7 @@ def test_ablations_share_scores_where_they_can() -> None:
     assert len(others | {scores["flexigpt"]}) == 4
 
 
-@pytest.mark.parametrize("name", ["flexigpt_ablation", "study_flexigpt"])
+@pytest.mark.parametrize("name", ["flexigpt_ablation", "study_flexigpt_training"])
 def test_recoveries_that_train_alike_are_one(name: str) -> None:
     """LoRA on what is not shared is all LoRA where nothing is; every row stays."""
     experiment = Experiment.load(CONFIG / "experiments" / f"{name}.yaml", CONFIG)
@@ -1170,3 +1170,82 @@ def test_study_tables_have_both_shares(tmp_path: Path) -> None:
     assert "| flexigpt | 21.00% | 31.00% | 21.0 |" in found[4]
     assert "| shortgpt | 25.00% | 25.00% | 30.0 |" in found[5]
     assert "adapters" not in markdown([tmp_path / "plain.csv"])
+    trained = ["", "3000000", "3000000", ""]
+    more = [f"{row},{count}" for row, count in zip(rows, trained, strict=True)]
+    (tmp_path / "trained.csv").write_text("\n".join([f"{head},trained_parameters", *more]) + "\n")
+    found = markdown([tmp_path / "trained.csv"]).splitlines()
+    assert "| flexigpt | 21.00% | 3.00 M | 21.0 |" in found[4]
+    assert "| shortgpt | 25.00% |  | 30.0 |" in found[5]
+
+
+def test_study_compares_at_equal_net_parameters() -> None:
+    """By hand: a block of the embedded model has 3,540,096 parameters, what replaces it 327,936.
+
+    Nine and twelve replaced blocks are within half a point of eight and eleven removed ones; heads
+    and channels meet the shares themselves.
+    """
+    experiment = Experiment.load(CONFIG / "experiments" / "study_flexigpt.yaml", CONFIG)
+    config = geometry("smollm2-135m")
+    family = family_of(config)
+    index = np.arange(30.0)
+    depth = {"block": [index], "distance": list(np.abs(index[:, None] - index))}
+    width = {
+        kind: [np.arange(float(family.kind(config, kind).count))] * 30
+        for kind in ("kv_group", "mlp_channel")
+    }
+    expected = {
+        0.213: {"shortgpt": 8 * 3_540_096, "flexigpt_r32": 9 * 3_212_160},
+        0.288: {"shortgpt": 11 * 3_540_096, "flexigpt_r32": 12 * 3_212_160},
+    }
+    for target in experiment.targets:
+        for name, method in experiment.methods.items():
+            rule = method.rule()
+            scores = depth if rule.kinds == ("block",) else width
+            plan = select(scores, family, config, target, rule, {})
+            removed = plan.parameters[0] - plan.parameters[1]
+            assert removed == expected[target.value].get(name, removed), name
+            assert abs(removed / plan.parameters[0] - target.value) < 0.0035, name
+
+
+def test_correlations_of_distances_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CONFIG.parent / "benchmarks"))
+    from benchmarks.flexigpt_bases import correlations, spearman
+
+    assert spearman(np.array([1.0, 2, 3]), np.array([5.0, 9, 7])) == pytest.approx(0.5)
+    # Ties share a rank: 1, 2.5, 2.5 beside 1, 2, 3.
+    assert spearman(np.array([1.0, 2, 2]), np.array([1.0, 2, 3])) == pytest.approx(0.75**0.5)
+    assert math.isnan(spearman(np.ones(3), np.arange(3.0)))
+    # Block 1 goes; 0, 2, 3 and 4 are ever farther the larger they are.
+    sizes = np.array([3.0, 0, 1, 4, 2])
+    distances = np.tile(sizes, (5, 1))
+    size, other, place = correlations(distances, (sizes, -sizes), [1])
+    assert (size, other) == (pytest.approx(1), pytest.approx(-1))
+    # 3, 1, 4, 2 beside 1, 1, 2, 3 places.
+    assert place == pytest.approx(spearman(np.array([3.0, 1, 4, 2]), np.array([1.0, 1, 2, 3])))
+    # Ranks 2, 0, 3, 1 beside .5, .5, 2, 3: products of 1, squares of 5 and 4.5.
+    assert place == pytest.approx(1 / math.sqrt(5 * 4.5))
+
+
+def test_ratios_of_speeds_by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(str(CONFIG.parent / "benchmarks"))
+    from benchmarks.checkpoint_speed import ratio
+
+    mean, low, high = ratio([2.0, 8.0], [1.0, 2.0])
+    assert mean == pytest.approx(math.sqrt(8))
+    # The logarithms are ln 2 and ln 4: 12.706 standard errors of ln(2) / 2.
+    assert math.log(high / mean) == pytest.approx(12.70620 * math.log(2) / 2, rel=1e-4)
+    assert math.log(mean / low) == pytest.approx(math.log(high / mean))
+    assert all(map(math.isnan, ratio([2.0], [1.0])[1:]))
+
+
+def test_truncated_distances_are_bounded_by_both_matrices() -> None:
+    """Either matrix alone is a correction of the rank, so that the other one is what is left."""
+    drawn = torch.Generator().manual_seed(3)
+    sizes = (0.01, 1.0, 1.0)
+    matrices = [size * torch.randn(12, 20, generator=drawn) for size in sizes]
+    found = block_distance.truncated_distances(lambda i: matrices[i], 3, 4, scaled=False, seed=0)
+    norms = [float(low_rank.truncated_svd(matrix, 4, 0).s.norm()) for matrix in matrices]
+    for i, j in ((0, 1), (0, 2), (1, 2)):
+        assert found[i, j] <= min(norms[i], norms[j]) * (1 + 1e-6)
+    # So that block 0 is the nearest to both others.
+    assert found[1, 0] < found[1, 2]

@@ -21,7 +21,13 @@ from prunelib.errors import InputError, IntegrityError
 from prunelib.reporting.artefacts import Cell, Report, Target, load_report
 from prunelib.reporting.build import build
 from prunelib.reporting.flags import find_flags, off_budget
-from prunelib.reporting.html import cost_tables, headlines, scoring_rows, sharing_sizes
+from prunelib.reporting.html import (
+    cost_tables,
+    formatter,
+    headlines,
+    scoring_rows,
+    sharing_sizes,
+)
 from prunelib.reporting.plots import accuracy, widths
 from prunelib.reporting.published import (
     compare,
@@ -256,12 +262,14 @@ def test_sizes_to_be_shared_are_summed_over_artefacts_not_over_cells(bench: Benc
         plans += record["files"]["plan.json"]["size"]
         record["files"]["model.safetensors"] = {"size": 2_000_000, "sha256": "0" * 64}
         path.write_text(json.dumps(record))
-    adapter = bench.artefact("recovery", "a", {"x": 1})
+    adapter = bench.artefact("recovery", "a", {"x": 1, "trainable_parameters": 250_000})
     shared = bench.cells[-1]["artefacts"]["prune"]
     bench.cell("again", "good", target=0.2, seed=1, recipe="lora", prune=shared, recovery=adapter)
     row = load_cells(bench.report()).set_index("cell").loc["again"]
     assert row["checkpoint_bytes"] == 2_000_000 + row["plan_bytes"]
-    assert row["adapter_bytes"] == len('{"x": 1}')
+    assert row["adapter_bytes"] == len('{"x": 1, "trainable_parameters": 250000}')
+    assert row["trained_parameters"] == 250_000
+    assert formatter("trained_parameters")(row["trained_parameters"]) == "0.25"
     assert sharing_sizes(bench.report()) == (
         f"4 pruned checkpoints take {(8_000_000 + plans) / 1e6:.1f} MB; shared as plans, from "
         f"which the same bytes are made again, {plans / 1e6:.3f} MB; "

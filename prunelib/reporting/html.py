@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 TEMPLATE = "report.html.j2"
 
 # Metrics of the main table; timings have a table per hardware.
-_QUALITY = ("perplexity", "realised_ratio", "parameters")
+_QUALITY = ("perplexity", "realised_ratio", "parameters", "trained_parameters")
 _COSTS = (
     "parameters",
     "macs",
@@ -49,7 +49,7 @@ _COSTS = (
 def formatter(metric: str) -> Callable[[float], str]:
     """How figures of a metric are written: percent, millions, milliseconds, MiB or plain."""
     description = metric_of(metric)
-    if metric in ("parameters", "non_embedding_parameters"):
+    if metric in ("parameters", "non_embedding_parameters", "trained_parameters"):
         return lambda value: f"{value / 1e6:,.2f}"
     if metric == "macs":
         return lambda value: f"{value / 1e9:,.2f}"
@@ -67,6 +67,7 @@ def heading(metric: str) -> str:
     units = {
         "parameters": "parameters, M",
         "non_embedding_parameters": "non-embedding parameters, M",
+        "trained_parameters": "trained parameters, M",
         "macs": "MACs, G",
         "prefill_latency_s": "prefill, ms",
         "decode_latency_s": "decode, ms",

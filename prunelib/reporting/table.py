@@ -50,6 +50,7 @@ METRICS = {
     "realised_ratio": Metric("parameters removed", "share", "higher", "prune"),
     "gross_ratio": Metric("parameters removed, adapters not counted", "share", "higher", "prune"),
     "parameters": Metric("parameters", "", "lower", "prune"),
+    "trained_parameters": Metric("parameters trained by recovery", "", "lower", "recovery"),
     "perplexity": Metric("perplexity", "", "lower", "perplexity"),
     "nll_mean": Metric("mean negative log-likelihood", "nat/token", "lower", "perplexity"),
     "non_embedding_parameters": Metric("non-embedding parameters", "", "lower", "efficiency"),
@@ -249,6 +250,8 @@ def _row(report: Report, cell: Cell) -> dict[str, Any]:
         "missing": "; ".join(f"{step}: {why}" for step, why in sorted(cell.missing.items())),
     }
     row |= _size_columns(report, cell) | sharing_bytes(cell) | scoring_costs(cell)
+    if trained := cell.content("recovery").get("trainable_parameters"):
+        row["trained_parameters"] = trained
     if cell.content("perplexity"):
         row |= _perplexity_columns(cell.content("perplexity"))
     if cell.content("tasks"):
