@@ -1099,6 +1099,15 @@ def test_published_orders() -> None:
     share = family.block_parameters(config) / family.parameters(config)
     assert [round(100 * n * share, 1) for n in (6, 9, 11)] == [18.0, 27.0, 33.0]
     catalogue = Experiment.load(CONFIG / "experiments" / "depth_llama_7b.yaml", CONFIG).catalogues
+    # SLEB's shares are of blocks, rounded up: its repository has 4 and 7 of 32, 8 of 40, 16 of 80.
+    assert {
+        (row.model, row.target_value)
+        for row in read_published(CONFIG / "published" / "sleb.csv")
+        if row.method == "sleb" and row.target_kind == "blocks"
+    } == {
+        *(("Llama-2-7B", 4), ("Llama-2-7B", 7), ("OPT-6.7B", 4), ("OPT-6.7B", 7)),
+        *(("Llama-2-13B", 4), ("Llama-2-13B", 8), ("Llama-2-70B", 8), ("Llama-2-70B", 16)),
+    }
     for name in ("sleb", "shortened_llama", "laco", "depth"):
         for row in read_published(CONFIG / "published" / f"{name}.csv"):
             known = {*catalogue["methods"], "dense", "slicegpt", "swift", "deeper_look"}

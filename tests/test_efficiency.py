@@ -91,6 +91,26 @@ def test_measured_figures_hang_together() -> None:
     json.dumps(figures)
 
 
+def test_further_batch_sizes_are_measured_behind_the_first() -> None:
+    calls: list[tuple[int, int]] = []
+    model = llama()
+    model.register_forward_pre_hook(
+        lambda _, __, kwargs: calls.append(tuple(kwargs["input_ids"].shape)), with_kwargs=True
+    )
+    settings = EfficiencySettings(1, 4, new_tokens=1, warmup=0, repeats=1, batches=(2, 3))
+    figures = measure_efficiency(model, settings, dtype=torch.float32)
+    sizes = [(n, tokens) for n in (1, 2, 3) for tokens in (4, 4, 1)]
+    assert calls == [*sizes, (1, 4), (1, 4)]
+    for batch, timings in zip((2, 3), figures["batches"], strict=True):
+        prefill, decode = timings["prefill"], timings["decode"]
+        assert prefill["batch"] == decode["batch"] == batch
+        assert prefill["tokens_per_s"] == pytest.approx(4 * batch / prefill["latency_s"])
+        assert decode["tokens_per_s"] == pytest.approx(batch / decode["latency_s"])
+    assert (figures["prefill"]["batch"], figures["macs"]["batch"]) == (1, 1)
+    with pytest.raises(InputError, match="batches"):
+        EfficiencySettings(batches=(2, 0))
+
+
 def test_peak_memory_sees_a_block_that_is_gone() -> None:
     # In a process of its own: where much has been freed before, the block takes no new memory.
     code = """
@@ -160,6 +180,10 @@ def test_step_writes_metrics(tmp_path: Path) -> None:
     assert figures["hardware_class"] == "laptop"
     assert figures["parameters"] == count_parameters(model)[0]
     assert figures["hardware"]["threads"] == 1
+    assert "batches" not in figures
+    main(StepRequest("efficiency", "k", params | {"batches": [2]}, inputs, out, (), ()), out)
+    figures = json.loads((out / "metrics.json").read_text(encoding="utf-8"))
+    assert [one["decode"]["batch"] for one in figures["batches"]] == [2]
     del params["hardware_class"]
     with pytest.raises(InputError, match="hardware_class is missing"):
         main(request, out)

@@ -16,6 +16,7 @@ from tiny_project import CATALOGUES, EXPERIMENT, ROOT, make_project, write_exper
 from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import closure
+from prunelib.experiment.merging import most_merged
 from prunelib.rules import Target
 
 
@@ -88,6 +89,51 @@ def test_bad_experiments_are_refused_in_one_line(
         load(**changes).cells  # noqa: B018
     assert "\n" not in str(refusal.value)
     assert "experiment.yaml" in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("parameters", "target", "message"),
+    [
+        # The tiny model has four layers; the first merge begins layers_per_merge below the last.
+        ({}, {"blocks": 1}, r"with laco on tiny: lowest 0, highest 3, .*: the model has layers 0"),
+        ({"layers_per_merge": 2, "highest": 4}, {"blocks": 1}, r"the model has layers 0\.\.3"),
+        # Merges begin at layers 1 and 0; with an interval of two, at one of them alone.
+        ({"layers_per_merge": 2, "interval": 1}, {"blocks": 3}, "interval 1, .* at most 2 can be"),
+        ({"layers_per_merge": 2, "interval": 2}, {"groups": 0.5}, "2 of 4 blocks .* at most 1 can"),
+    ],
+)
+def test_merges_that_a_model_s_layers_do_not_allow_are_refused(
+    project: Path, parameters: dict[str, Any], target: dict[str, Any], message: str
+) -> None:
+    laco = {"method": "laco", "parameters": parameters}
+    edit("methods", lambda methods: methods.update(laco=laco))
+    told = {"methods": ["laco"], "baseline": "laco", "targets": [target]}
+    with pytest.raises(InputError, match=message) as refusal:
+        load(**told).cells  # noqa: B018
+    assert "\n" not in str(refusal.value)
+    parameters |= {"layers_per_merge": 2, "interval": 1, "highest": None}
+    edit("methods", lambda methods: methods.update(laco=laco))
+    assert load(**told | {"targets": [{"blocks": 2}]}).cells
+
+
+@pytest.mark.parametrize(
+    ("layers", "per_merge", "interval", "lowest", "highest"),
+    [(9, 3, 1, 1, None), (9, 3, 2, 0, 7), (10, 4, 3, 2, None), (8, 2, 5, 0, None), (9, 7, 1, 0, 8)],
+)
+def test_most_merged_is_that_of_all_ways_to_merge(
+    layers: int, per_merge: int, interval: int, lowest: int, highest: int | None
+) -> None:
+    def merged(alive: list[int], place: int) -> int:
+        if place < lowest:
+            return layers - len(alive)
+        kept = alive[: place + 1] + alive[place + per_merge :]
+        return max(merged(kept, place - interval), merged(alive, place - 1))
+
+    top = layers - 1 if highest is None else highest
+    found = most_merged(
+        layers, layers_per_merge=per_merge, interval=interval, lowest=lowest, highest=highest
+    )
+    assert found == merged(list(range(layers)), top - per_merge)
 
 
 def test_targets_may_be_named(project: Path) -> None:

@@ -147,6 +147,7 @@ def silent(model: Any, skipped: Skipped) -> Iterator[None]:
 def by_rebuilding(model: Any, skipped: Skipped, length: int, threshold: float) -> Decoded:
     """The same rounds with nothing of this library: a new cache each time, and no skipping."""
     tokens = plain(model, PROMPT, 1)
+    cost, work = Draft(model, skipped).cost, 0.0
     drafted = accepted = judged = passes = 0
     while len(tokens) < MOST:
         text = torch.cat([PROMPT, torch.tensor([tokens])], 1)
@@ -158,6 +159,7 @@ def by_rebuilding(model: Any, skipped: Skipped, length: int, threshold: float) -
                     last = torch.tensor([[*tokens, *guesses][-1:]])
                     logits = model(last, past_key_values=cache, use_cache=True).logits[0, -1]
                     guesses.append(int(logits.argmax()))
+                    work += cost
                     if logits.softmax(-1).max() < threshold:
                         break
         right = plain(model, text, len(guesses) + 1)
@@ -165,7 +167,7 @@ def by_rebuilding(model: Any, skipped: Skipped, length: int, threshold: float) -
         drafted, accepted, passes = drafted + len(guesses), accepted + agreed, passes + 1
         judged += min(agreed + 1, len(guesses))
         tokens += right[: agreed + 1]
-    return Decoded(tuple(tokens), drafted, accepted, judged, passes, 0)
+    return Decoded(tuple(tokens), drafted, accepted, judged, passes, 0, work)
 
 
 @pytest.mark.parametrize(
@@ -569,9 +571,11 @@ def test_expected_speed_up_by_hand() -> None:
         with pytest.raises(InputError, match="allowed"):
             wrong()
     # Three rounds of 2, 2 and 1 draft tokens, of which 2, 0 and 1 are accepted.
-    assert counted_speed_up(6, 3, 5, 0.4) == pytest.approx(6 / 5)
+    assert counted_speed_up(6, 3, 5 * 0.4) == pytest.approx(6 / 5)
+    # Two passes of a search at the same cost are work as well.
+    assert counted_speed_up(6, 3, 7 * 0.4) == pytest.approx(6 / 5.8)
     with pytest.raises(InputError, match="0 passes"):
-        counted_speed_up(6, 0, 5, 0.4)
+        counted_speed_up(6, 0, 2.0)
     with pytest.raises(InputError, match="cost ratio nan"):
         expected_speed_up(0.5, 2, math.nan)
 
@@ -686,6 +690,10 @@ def test_the_search_finds_what_does_nothing_while_it_decodes() -> None:
         found = greedy(model, ids, search, 40)
         assert list(found.tokens) == plain(model, ids, 40)
         searches += found.searches
+        # Each candidate leaves out two of the sub-layers, all of which are smaller than a layer.
+        assert 0.5 * found.searches <= found.search_work <= found.searches
+        assert (found.search_work > 0) == (found.searches > 0)
+        assert 0.5 * found.drafted < found.draft_work < found.drafted
         rates.append(found.acceptance_rate)
     assert searches == len(search.scores) > 8
     assert search.finished
@@ -695,6 +703,12 @@ def test_the_search_finds_what_does_nothing_while_it_decodes() -> None:
     assert rates[0] < 0.9
     assert rates[-1] == 1.0
     assert (weights_hash(model), modules_of(model)) == (before, modules)
+    # From its scores alone, another one comes to stand where this one does.
+    other = Search(model, search.settings)
+    other.resume(search.scores)
+    assert (other.scores, other.best, other.finished) == (search.scores, 1.0, True)
+    assert other.draft.skipped == search.draft.skipped
+    assert np.array_equal(other.propose(), search.propose())
 
 
 def test_impossible_searches_are_refused() -> None:

@@ -1,8 +1,9 @@
 """Measure size, work, speed and memory of a checkpoint.
 
-Parameters: ``batch``, ``length``, ``new_tokens``, ``warmup``, ``repeats``, ``hardware_class`` (the
-name under which figures may share a column), ``device``, ``dtype``, ``threads`` (null for torch's
-default). Inputs: ``checkpoint``, and ``adapter`` where there is one.
+Parameters: ``batch``, ``length``, ``new_tokens``, ``warmup``, ``repeats``, ``batches`` (further
+batch sizes, if any), ``hardware_class`` (the name under which figures may share a column),
+``device``, ``dtype``, ``threads`` (null for torch's default). Inputs: ``checkpoint``, and
+``adapter`` where there is one.
 """
 
 import json
@@ -41,7 +42,8 @@ def main(request: StepRequest, out: Path) -> None:
     )
     names = ("batch", "length", "new_tokens", "warmup", "repeats")
     settings = EfficiencySettings(
-        **{name: required(params, name, int, request.step) for name in names}
+        **{name: required(params, name, int, request.step) for name in names},
+        batches=tuple(params.get("batches", ())),
     )
     if params.get("threads") is not None:
         torch.set_num_threads(required(params, "threads", int, request.step))

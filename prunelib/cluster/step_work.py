@@ -269,7 +269,9 @@ def _efficiency(case: Case) -> Work:
     item, checkpoint = case.item, case.node.inputs["checkpoint"]
     model = with_repeated(case.model, checkpoint)
     _, device, host, seconds, extra = _evaluated(case)
-    batch, length, new = (case.param(name) for name in ("batch", "length", "new_tokens"))
+    first, length, new = (case.param(name) for name in ("batch", "length", "new_tokens"))
+    batches = (first, *case.node.params.get("batches", ()))
+    batch = max(batches)
     prompt = batch * length
     repeats = case.param("warmup") + case.param("repeats")
     # MACs are counted on plain attention: scores and their fp32 softmax over all positions.
@@ -289,9 +291,11 @@ def _efficiency(case: Case) -> Work:
     return Work(
         device,
         host,
-        flops=(repeats + 2) * prompt * model.flops(computed_parameters(checkpoint)),
+        flops=((repeats + 2) * first + repeats * sum(batches[1:]))
+        * length
+        * model.flops(computed_parameters(checkpoint)),
         # Every new token reads all weights once.
-        moved=repeats * new * computed_parameters(checkpoint) * item,
+        moved=repeats * len(batches) * new * computed_parameters(checkpoint) * item,
         host_seconds=seconds,
     )
 

@@ -8,7 +8,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,15 +28,21 @@ FOREIGN_SHARE = 0.05
 
 @dataclass(frozen=True)
 class EfficiencySettings:
-    """What is measured: batch, tokens of the prompt, tokens decoded, and how often."""
+    """What is measured: batch, tokens of the prompt, tokens decoded, and how often.
+
+    ``batches`` are further batch sizes, whose latencies are measured after all else.
+    """
 
     batch: int = 1
     length: int = 128
     new_tokens: int = 32
     warmup: int = 1
     repeats: int = 5
+    batches: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if any(type(batch) is not int or batch < 1 for batch in self.batches):
+            raise InputError(f"efficiency batches are {self.batches!r}; allowed: at least 1 each")
         for name, least in (
             ("batch", 1),
             ("length", 1),
@@ -263,12 +269,21 @@ def measure_efficiency(
         ``non_embedding_parameters``, ``bytes``, ``macs`` (``macs`` with the head at all positions,
         ``macs_last_logits`` the work that the prefill latency stands for), ``prefill``, ``decode``,
         ``memory``, ``compute_dtype``, ``conditions`` and ``comparable`` (False when other processes
-        kept more than 5 % of the CPUs busy meanwhile).
+        kept more than 5 % of the CPUs busy meanwhile); ``batches``, ``prefill`` and ``decode`` of
+        every further batch size, where there are any. Memory and MACs are those of ``batch``.
     """
     total, inner = count_parameters(causal_lm(model))
     device = embedding_table(model).device
     with ForeignLoad() as load, PeakMemory(device) as memory:
         prefill, decode = measure_latency(model, settings)
+    more: list[dict[str, Any]] = []
+    comparable, foreign = load.comparable, load.foreign_cpus
+    for batch in settings.batches:
+        with ForeignLoad() as again:
+            timings = measure_latency(model, replace(settings, batch=batch))
+        more.append(dict(zip(("prefill", "decode"), timings, strict=True)))
+        comparable = comparable and again.comparable
+        foreign = max(foreign, again.foreign_cpus)
     shape = {"batch": settings.batch, "length": settings.length}
     return {
         "parameters": total,
@@ -287,7 +302,7 @@ def measure_efficiency(
         "compute_dtype": str(next(model.parameters()).dtype).removeprefix("torch."),
         "conditions": {
             "load_average_before": list(load.load_average),
-            "foreign_cpus": load.foreign_cpus,
+            "foreign_cpus": foreign,
         },
-        "comparable": load.comparable,
-    }
+        "comparable": comparable,
+    } | ({"batches": more} if more else {})

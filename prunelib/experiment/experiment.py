@@ -15,8 +15,10 @@ from typing import Any
 
 from prunelib.data.sources import parse_source, require_pinned
 from prunelib.data.stream import FORMATS as STREAM_FORMATS
+from prunelib.depth_selection import block_count
 from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.graph import Node
+from prunelib.experiment.merging import check_merges
 from prunelib.experiment.schema import (
     CATALOGUES,
     load_catalogue,
@@ -544,6 +546,12 @@ class Experiment:
                 for number, target in enumerate(self.targets):
                     try:
                         check_reachable(family, geometry, target, method.rule())
+                        if "laco" in method.statistics:
+                            check_merges(
+                                method.statistic_options["laco"],
+                                family.dimensions(geometry).layers,
+                                block_count(family, geometry, target, method.rule()),
+                            )
                     except PrunelibError as error:
                         raise InputError(
                             f"{self.path}: targets[{number}] with {variant} on {model}: {error}"

@@ -182,6 +182,21 @@ def _model_names(name: str, model: Mapping[str, Any]) -> set[str]:
     return {_plain(text).removeprefix("meta").removesuffix("hf") for text in (name, source) if text}
 
 
+def same_model_and_method(
+    row: Published, model: tuple[str, Mapping[str, Any]], method: tuple[str, Mapping[str, Any]]
+) -> bool:
+    """Whether a published figure is of this model and method.
+
+    Args:
+        row: the figure.
+        model: catalogue name and entry.
+        method: the same, of the method.
+    """
+    return _plain(row.model) in _model_names(*model) and _plain(row.method) in published_names(
+        *method
+    )
+
+
 def _number(value: object) -> float | None:
     return float(value) if isinstance(value, int | float) and math.isfinite(value) else None
 

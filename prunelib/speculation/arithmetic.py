@@ -91,21 +91,22 @@ def expected_speed_up(alpha: float, gamma: int, cost: float) -> float:
     return expected_tokens(alpha, gamma) / (gamma * cost + 1)
 
 
-def counted_speed_up(tokens: int, passes: int, drafted: int, cost: float) -> float:
+def counted_speed_up(tokens: int, passes: int, draft_work: float) -> float:
     """Return the same from what was counted: no independence of tokens, and any draft lengths.
 
     Args:
         tokens: that the passes gave, each of which costs plain decoding a pass.
         passes: of the model.
-        drafted: draft tokens, a draft pass each.
-        cost: time of a draft pass over that of a pass of the model.
+        draft_work: of all passes of drafts, those of a search included, in passes of the model.
 
     Raises:
-        InputError: there was no pass, or the cost is out of range.
+        InputError: there was no pass, or the work is out of range.
     """
-    if passes < 1 or not cost >= 0:
-        raise InputError(f"{passes} passes and cost ratio {cost} given; from 1 and from 0 allowed")
-    return tokens / (passes + cost * drafted)
+    if passes < 1 or not draft_work >= 0:
+        raise InputError(
+            f"{passes} passes and draft work {draft_work} given; from 1 and from 0 allowed"
+        )
+    return tokens / (passes + draft_work)
 
 
 def best_draft_length(alpha: float, cost: float, most: int = 32) -> int:

@@ -68,6 +68,9 @@ class Decoded:
         judged: draft tokens accepted, or rejected themselves and not for what is in front of them.
         passes: passes of the model, without the one over the prompt.
         searches: draft passes of a search (``swift``).
+        draft_work: of the draft tokens' passes, in passes of the model: the sum of ``Draft.cost``.
+        search_work: the same of a search's passes; each is over many tokens, which costs one pass
+            where reading weights is all that takes time.
     """
 
     tokens: tuple[int, ...]
@@ -76,6 +79,8 @@ class Decoded:
     judged: int
     passes: int
     searches: int
+    draft_work: float = 0.0
+    search_work: float = 0.0
 
     @property
     def acceptance_rate(self) -> float:
@@ -164,9 +169,10 @@ def decode(
     prompt = ids.shape[1]
     tokens = [choose.first(_prompt_logits(model, ids, cache))]
     drafted = accepted = judged = passes = searches = 0
+    draft_work = search_work = 0.0
     while tokens[-1] not in ends and len(tokens) < settings.new_tokens:
         if isinstance(draft, Search) and draft.wants(len(tokens)):
-            draft.step(ids.new_tensor([tokens]), cache.prefix(prompt))
+            search_work += draft.step(ids.new_tensor([tokens]), cache.prefix(prompt))
             searches += 1
         used = draft.draft if isinstance(draft, Search) else draft
         many = min(settings.draft_length, settings.new_tokens - len(tokens) - 1)
@@ -181,6 +187,7 @@ def decode(
                     ]
                     guess, probabilities, sure = _guess(choose, logits, settings.threshold)
                     guesses.append(guess)
+                    draft_work += used.cost
                     q.append(probabilities)
                     if not sure:
                         break
@@ -196,7 +203,9 @@ def decode(
         # Behind an end-of-text token there is nothing to add.
         if tokens[-1] not in ends:
             tokens.append(own)
-    return Decoded(tuple(tokens), drafted, accepted, judged, passes, searches)
+    return Decoded(
+        tuple(tokens), drafted, accepted, judged, passes, searches, draft_work, search_work
+    )
 
 
 def _guess(choose: _Chooser, logits: Tensor, threshold: float) -> tuple[int, Tensor, bool]:

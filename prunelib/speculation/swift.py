@@ -17,6 +17,7 @@ package that optimises over the cube and takes the largest coordinates.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -158,23 +159,44 @@ class Search:
         """Whether a candidate can be tried on a text of so many decoded tokens."""
         return decoded > self.settings.window and not self.finished
 
-    def step(self, tokens: Tensor, cache: DraftCache) -> None:
+    def step(self, tokens: Tensor, cache: DraftCache) -> float:
         """Try one candidate; from then on the draft is the better of it and the best so far.
 
         Args:
             tokens: int64 [1, more than the window], decoded behind what the cache holds.
             cache: of the model, over the text in front of ``tokens``; written to.
+
+        Returns:
+            The candidate's cost (``Draft.cost``).
         """
         point = self.propose()
-        half = self._sublayers // 2
-        named = np.flatnonzero(point)
-        attention = tuple(int(i) + 1 for i in named if i < half)
-        mlp = tuple(int(i) - half + 1 for i in named if i >= half)
-        draft = Draft(self.model, Skipped(attention=attention, mlp=mlp))
+        draft = self._draft(point)
         score = matchness(draft, tokens[:, : self.settings.window + 1], cache)
         self.tell(point, score)
         if not self._idle:
             self.draft = draft
+        return draft.cost
+
+    def resume(self, scores: Sequence[float]) -> None:
+        """Go to where a search of the same settings stood that had these scores.
+
+        Args:
+            scores: matchness of its candidates, which follow from their scores and the seed.
+        """
+        best = None
+        for score in scores:
+            point = self.propose()
+            self.tell(point, score)
+            best = best if self._idle else point
+        if best is not None:
+            self.draft = self._draft(best)
+
+    def _draft(self, point: Floats) -> Draft:
+        half = self._sublayers // 2
+        named = np.flatnonzero(point)
+        attention = tuple(int(i) + 1 for i in named if i < half)
+        mlp = tuple(int(i) - half + 1 for i in named if i >= half)
+        return Draft(self.model, Skipped(attention=attention, mlp=mlp))
 
     def propose(self) -> Floats:
         """Return the next candidate [sub-layers]: attentions, then MLPs; 1 is left out."""
