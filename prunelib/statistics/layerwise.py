@@ -205,13 +205,18 @@ class _Stored:
                 done += count
         return done
 
-    def read(self) -> torch.Tensor:
+    def read(self, room: torch.Tensor | None = None) -> torch.Tensor:
         """Return the tensor in memory of its own.
+
+        Args:
+            room: memory to be read into, if any: contiguous, on the CPU, of the tensor's bytes.
 
         Raises:
             IntegrityError: the file ends before the tensor.
         """
         raw = torch.empty(self.size, dtype=torch.uint8)
+        if room is not None:
+            raw = room.view(-1).view(torch.uint8)
         buffer: Any = raw.numpy()
         if self.fill(memoryview(buffer)) != self.size:
             raise IntegrityError(f"{self.path} ends before its tensors do")
@@ -309,14 +314,27 @@ class StreamedLayers(Layers):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
 
-    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
-        """Return tensors by full name, in memory of their own."""
+    def _read(
+        self, names: Iterable[str], rooms: Sequence[torch.Tensor] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """Return tensors by full name, in memory of their own.
+
+        Args:
+            names: of the tensors.
+            rooms: what an earlier call returned for tensors like these, to be written over. Fresh
+                memory costs as much again as reading into it.
+        """
         found: dict[str, torch.Tensor] = {}
-        for name in names:
-            tensor = self._stored[name].read().to(self._dtype)
-            # As load_model has it: rounded to bf16, computed with in fp32.
-            kind = torch.float32 if self._device.type == "cpu" else self._dtype
-            found[name] = tensor.to(self._device, kind)
+        # As load_model has it: rounded to bf16, computed with in fp32.
+        kind = torch.float32 if self._device.type == "cpu" else self._dtype
+        for number, name in enumerate(names):
+            stored, room = self._stored[name], rooms[number] if rooms else None
+            if room is None or room.shape != stored.shape:
+                found[name] = stored.read().to(self._dtype).to(self._device, kind)
+            elif self._device.type == "cpu" and stored.dtype == self._dtype == kind:
+                found[name] = stored.read(room)
+            else:
+                found[name] = room.copy_(stored.read().to(self._dtype))
         if self._plan is not None:
             return dict(zero_tensors(found.items(), self.family, self._config, self._plan))
         return found
@@ -346,13 +364,15 @@ class StreamedLayers(Layers):
         """
         wanted = range(len(self.modules))[start:stop]
         ahead: Future[int] | None = None
+        rooms: list[torch.Tensor] | None = None
         with ThreadPoolExecutor(1) as pool:
             for index in wanted:
                 if ahead is not None:
                     # Two readers of the same bytes would take turns at the disk.
                     wait([ahead])
                 layer, prefix = self.modules[index], f"{self.family.layer_prefix}.{index}."
-                read = self._read(self._names(index))
+                read = self._read(self._names(index), rooms)
+                rooms = list(read.values())
                 _fill(layer, {name.removeprefix(prefix): read.pop(name) for name in list(read)})
                 if index != wanted[-1]:
                     ahead = pool.submit(self._prefetch, index + 1)
