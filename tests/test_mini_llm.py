@@ -667,9 +667,15 @@ def test_one_block_is_in_memory_and_the_next_read_ahead(
     read: list[list[str]] = []
     ahead: list[int] = []
     plain, fetch = streamed._read, streamed._prefetch
-    monkeypatch.setattr(streamed, "_read", lambda names: read.append(names) or plain(names))
+    monkeypatch.setattr(
+        streamed, "_read", lambda names, rooms: read.append(names) or plain(names, rooms)
+    )
     monkeypatch.setattr(streamed, "_prefetch", lambda index: (ahead.append(index), fetch(index)))
-    for index, _ in streamed.sweep(1):
+    places: list[list[int]] = []
+    for index, layer in streamed.sweep(1):
+        # Every layer in the memory of the one before it: fresh pages cost time.
+        places.append([parameter.data_ptr() for parameter in layer.parameters()])
+        assert places[-1] == places[0]
         there = [not all(p.is_meta for p in layer.parameters()) for layer in streamed.modules]
         assert there == [i == index for i in range(4)]
         # Nothing is read before its turn.
