@@ -24,6 +24,7 @@ from artefacts import newest_artefact
 from scoring import embedded
 
 from prunelib.command import reporting_errors
+from prunelib.reporting.stats import spearman
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -34,21 +35,6 @@ if TYPE_CHECKING:
     from prunelib.methods.base import ScoringInputs
 
 DISTANCES = ("truncated", "frobenius", "scaled", "residual", "nearest")
-
-
-def mean_ranks(values: Array) -> Array:
-    """Return the rank of every value, that of ties being their mean."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    ends = np.cumsum(counts)
-    found: Array = ((ends - counts + ends - 1) / 2)[inverse]
-    return found
-
-
-def spearman(one: Array, other: Array) -> float:
-    """Return the rank correlation of two arrays, NaN where all of one are equal."""
-    first, second = (ranks - ranks.mean() for ranks in (mean_ranks(one), mean_ranks(other)))
-    scale = float(np.sqrt((first @ first) * (second @ second)))
-    return float(first @ second) / scale if scale else float("nan")
 
 
 def correlations(distances: Array, figures: Sequence[Array], removed: Sequence[int]) -> list[float]:

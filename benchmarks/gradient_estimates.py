@@ -28,6 +28,8 @@ import yaml
 from artefacts import newest_artefact
 from scoring import embedded
 
+from prunelib.reporting.stats import spearman
+
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
 
@@ -53,12 +55,6 @@ ESTIMATORS = (
     "mini_llm_gates_layer",
     "mini_llm_gates_taylor",
 )
-
-
-def spearman(one: Any, other: Any) -> float:
-    """Return the rank correlation of two arrays without ties."""
-    ranks: list[Any] = [np.argsort(np.argsort(values)) for values in (one, other)]
-    return float(np.corrcoef(ranks[0], ranks[1])[0, 1])
 
 
 def agreement(scores: Mapping[str, Any], true: Mapping[str, Any]) -> dict[str, Any]:

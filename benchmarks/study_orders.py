@@ -33,6 +33,7 @@ from prunelib.experiment.experiment import Experiment
 from prunelib.plan import DEPTH_KINDS
 from prunelib.provenance import artefact
 from prunelib.reporting.published import Published, load_published, same_model_and_method
+from prunelib.reporting.stats import spearman
 
 if TYPE_CHECKING:
     import numpy.typing as npt
@@ -109,12 +110,8 @@ def rank_correlation(one: Sequence[int], other: Sequence[int]) -> float | None:
     common = set(one) & set(other)
     if len(common) < 3:
         return None
-    places = {block: place for place, block in enumerate(i for i in other if i in common)}
-    n = len(common)
-    squares = sum(
-        (place - places[block]) ** 2 for place, block in enumerate(i for i in one if i in common)
-    )
-    return 1 - 6 * squares / (n * (n * n - 1))
+    places = [np.array([order.index(block) for block in sorted(common)]) for order in (one, other)]
+    return spearman(places[0], places[1])
 
 
 def agreement(one: Order, other: Order) -> Agreement:

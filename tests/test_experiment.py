@@ -16,8 +16,8 @@ from tiny_project import CATALOGUES, EXPERIMENT, ROOT, make_project, write_exper
 from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.experiment import Experiment
 from prunelib.experiment.graph import closure
-from prunelib.experiment.merging import most_merged
 from prunelib.rules import Target
+from prunelib.statistics.merges import most_merged
 
 
 @pytest.fixture(scope="module")

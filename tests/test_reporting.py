@@ -38,6 +38,7 @@ from prunelib.reporting.published import (
 from prunelib.reporting.stats import (
     bootstrap_limits,
     estimate,
+    spearman,
     student_t_cdf,
     student_t_quantile,
 )
@@ -194,6 +195,13 @@ def test_student_t_cdf_of_one_and_two_degrees_has_closed_forms() -> None:
         assert student_t_cdf(t, 1) == pytest.approx(0.5 + math.atan(t) / math.pi, abs=1e-14)
         expected = 0.5 + t / (2 * math.sqrt(2 + t * t))
         assert student_t_cdf(t, 2) == pytest.approx(expected, abs=1e-14)
+
+
+def test_rank_correlation_by_hand() -> None:
+    assert spearman(np.array([1.0, 2, 3]), np.array([5.0, 9, 7])) == pytest.approx(0.5)
+    # Ties share a rank: 1, 2.5, 2.5 beside 1, 2, 3.
+    assert spearman(np.array([1.0, 2, 2]), np.array([1.0, 2, 3])) == pytest.approx(0.75**0.5)
+    assert math.isnan(spearman(np.ones(3), np.arange(3.0)))
 
 
 def test_estimate_by_hand() -> None:

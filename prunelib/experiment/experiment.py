@@ -18,7 +18,6 @@ from prunelib.data.stream import FORMATS as STREAM_FORMATS
 from prunelib.depth_selection import block_count
 from prunelib.errors import InputError, PrunelibError
 from prunelib.experiment.graph import Node
-from prunelib.experiment.merging import check_merges
 from prunelib.experiment.schema import (
     CATALOGUES,
     load_catalogue,
@@ -32,6 +31,7 @@ from prunelib.methods.base import Method
 from prunelib.rules import Target
 from prunelib.selection import check_reachable
 from prunelib.statistics import WITHIN
+from prunelib.statistics.merges import check_merges
 
 # Methods that choose at random: controls of all others.
 RANDOM_METHODS = ("random", "random_blocks")

@@ -200,7 +200,8 @@ def _execute(request: StepRequest, main: Main, check: Callable[[Fingerprint], No
 
 
 def _make(request: StepRequest, main: Main, check: Callable[[Fingerprint], None]) -> bool:
-    upstream = {name: _input_key(name, path) for name, path in request.inputs.items()}
+    records = {name: _input_record(name, path) for name, path in request.inputs.items()}
+    upstream: dict[str, str] = {name: record["key"] for name, record in records.items()}
     versions = package_versions(request.packages)
     code = fingerprint(request.entry)
 
@@ -223,7 +224,7 @@ def _make(request: StepRequest, main: Main, check: Callable[[Fingerprint], None]
         "key": request.key,
         "params": request.params,
         "upstream": upstream,
-        "upstream_costs": _upstream_costs(request.inputs.values()),
+        "upstream_costs": _upstream_costs(records.values()),
         "fingerprint": code.digest,
         "definitions": code.definitions,
         "packages": versions,
@@ -236,7 +237,7 @@ def _make(request: StepRequest, main: Main, check: Callable[[Fingerprint], None]
     )
 
 
-def _input_key(name: str, directory: Path) -> str:
+def _input_record(name: str, directory: Path) -> dict[str, Any]:
     if not artefact.is_valid(directory):
         try:
             artefact.read(directory)
@@ -252,20 +253,18 @@ def _input_key(name: str, directory: Path) -> str:
         if facts["size"] <= _SMALL_BYTES or not _WEIGHTS.fullmatch(file)
     ]
     artefact.verify(directory, here)
-    key: str = record["key"]
-    return key
+    return record
 
 
-def _upstream_costs(inputs: Iterable[Path]) -> dict[str, dict[str, Any]]:
-    """Return what everything that the inputs were made from took, and they themselves, by key.
+def _upstream_costs(inputs: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Return what these artefacts, by their records, and all they were made from took, by key.
 
     Whoever has this record knows these figures without the artefacts they are of: ``step``,
     ``seconds`` and the peak memory of the process that made each one, in bytes on the host and on
     its GPUs.
     """
     costs: dict[str, dict[str, Any]] = {}
-    for directory in inputs:
-        record = artefact.read(directory)
+    for record in inputs:
         # Artefacts of earlier versions have no costs of what is behind them.
         costs |= record.get("upstream_costs") or {}
         costs[record["key"]] = {name: record.get(name) for name in _COSTS}

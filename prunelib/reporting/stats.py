@@ -20,6 +20,21 @@ _LARGE_DF = 1000
 _CHUNK = 2_000_000
 
 
+def spearman(one: Floats, other: Floats) -> float:
+    """Return Spearman's rank correlation of two arrays [n]; equal values share their mean rank.
+
+    NaN where all values of one are equal.
+    """
+    ranks = []
+    for values in (one, other):
+        _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
+        ends = np.cumsum(counts)
+        ranks.append(((2 * ends - counts - 1) / 2)[inverse] - (len(values) - 1) / 2)
+    first, second = ranks
+    scale = float(np.sqrt((first @ first) * (second @ second)))
+    return float(first @ second) / scale if scale else math.nan
+
+
 def student_t_cdf(t: float, df: int) -> float:
     """P(T <= t) of Student's t with an integer number of degrees of freedom.
 

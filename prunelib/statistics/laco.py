@@ -25,10 +25,11 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 
-from prunelib.errors import InputError, NonFiniteError
+from prunelib.errors import NonFiniteError
 from prunelib.merging import is_merged, weighted_sum
 from prunelib.plan import merged_layers
 from prunelib.statistics.layerwise import Layers, Stream
+from prunelib.statistics.merges import first_place
 
 if TYPE_CHECKING:
     from torch import nn
@@ -69,12 +70,7 @@ def collect(
     """
     layers = Layers(inputs.model, inputs.family)
     count = len(layers.modules)
-    highest = count - 1 if highest is None else highest
-    if not (0 <= lowest <= highest - layers_per_merge and highest < count):
-        raise InputError(
-            f"lowest {lowest}, highest {highest}, layers_per_merge {layers_per_merge}: the model "
-            f"has layers 0..{count - 1}, and the first merge begins layers_per_merge below highest"
-        )
+    place, tried = first_place(count, layers_per_merge, lowest, highest), 0
     stream = layers.begin(inputs.windows[:sentences], inputs.batch_windows)
     prefixes = []
     for index, layer in layers.sweep():
@@ -85,7 +81,6 @@ def collect(
     order: list[int] = []
     bases: list[int] = []
     similarities = []
-    place, tried = highest - layers_per_merge, 0
     while place >= lowest:
         gone = alive[place + 1 : place + layers_per_merge]
         tried += 1

@@ -1,8 +1,4 @@
-"""What layer collapse (LaCo) can reach on a model, from numbers alone.
-
-Here, and not beside the pass: it refuses what no run could reach before any starts, and can change
-no result, so that no artefact's key has to know of it.
-"""
+"""Where LaCo's merges begin and what they can reach; no torch, so that plans can check it."""
 
 from __future__ import annotations
 
@@ -11,6 +7,21 @@ from functools import cache
 from typing import Any
 
 from prunelib.errors import InputError
+
+
+def first_place(layers: int, layers_per_merge: int, lowest: int, highest: int | None) -> int:
+    """Return the layer that the first merge is tried into; arguments as of ``most_merged``.
+
+    Raises:
+        InputError: the model has no such layers.
+    """
+    highest = layers - 1 if highest is None else highest
+    if not (0 <= lowest <= highest - layers_per_merge and highest < layers):
+        raise InputError(
+            f"lowest {lowest}, highest {highest}, layers_per_merge {layers_per_merge}: the model "
+            f"has layers 0..{layers - 1}, and the first merge begins layers_per_merge below highest"
+        )
+    return highest - layers_per_merge
 
 
 def most_merged(
@@ -31,12 +42,7 @@ def most_merged(
     Raises:
         InputError: the model has no such layers.
     """
-    highest = layers - 1 if highest is None else highest
-    if not (0 <= lowest <= highest - layers_per_merge and highest < layers):
-        raise InputError(
-            f"lowest {lowest}, highest {highest}, layers_per_merge {layers_per_merge}: the model "
-            f"has layers 0..{layers - 1}, and the first merge begins layers_per_merge below highest"
-        )
+    first = first_place(layers, layers_per_merge, lowest, highest)
 
     @cache
     def most(place: int, behind: int) -> int:
@@ -47,7 +53,6 @@ def most_merged(
             gone + most(place - interval, behind - gone + interval), most(place - 1, behind + 1)
         )
 
-    first = highest - layers_per_merge
     return most(first, layers - 1 - first)
 
 
