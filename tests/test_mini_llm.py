@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import os
 import re
 import shutil
 from collections.abc import Callable
@@ -39,7 +40,7 @@ from prunelib.statistics import (
 from prunelib.statistics.estimator import Estimator
 from prunelib.statistics.fms import fms_sums, unit_parameters
 from prunelib.statistics.inputs import PassInputs
-from prunelib.statistics.layerwise import Layers, StreamedLayers
+from prunelib.statistics.layerwise import Layers, StreamedLayers, _Stored
 from prunelib.statistics.perturbation import LowRank, Weights
 
 WINDOWS = torch.randint(0, 97, (5, 16), generator=torch.Generator().manual_seed(5))
@@ -666,16 +667,10 @@ def test_one_block_is_in_memory_and_the_next_read_ahead(
     streamed = StreamedLayers(tiny_checkpoint("llama"))
     read: list[list[str]] = []
     ahead: list[int] = []
-    plain, fetch = streamed._read, streamed._prefetch
-    monkeypatch.setattr(
-        streamed, "_read", lambda names, rooms: read.append(names) or plain(names, rooms)
-    )
-    monkeypatch.setattr(streamed, "_prefetch", lambda index: (ahead.append(index), fetch(index)))
-    places: list[list[int]] = []
+    plain, announce = streamed._read, streamed._announce
+    monkeypatch.setattr(streamed, "_read", lambda names: read.append(names) or plain(names))
+    monkeypatch.setattr(streamed, "_announce", lambda i: (ahead.append(i), announce(i)))
     for index, layer in streamed.sweep(1):
-        # Every layer in the memory of the one before it: fresh pages cost time.
-        places.append([parameter.data_ptr() for parameter in layer.parameters()])
-        assert places[-1] == places[0]
         there = [not all(p.is_meta for p in layer.parameters()) for layer in streamed.modules]
         assert there == [i == index for i in range(4)]
         # Nothing is read before its turn.
@@ -684,31 +679,54 @@ def test_one_block_is_in_memory_and_the_next_read_ahead(
     assert all(p.is_meta for p in streamed.modules.parameters())
 
 
-@pytest.mark.parametrize("buffer", [7, 1 << 22])
-def test_reading_ahead_touches_the_bytes_of_one_layer(
-    buffer: int, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("size", [7, 1 << 20])
+def test_the_bytes_of_one_layer_are_announced(
+    size: int, tiny_checkpoint: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    directory = tiny_checkpoint("llama")
-    monkeypatch.setattr(layerwise, "PREFETCH_BYTES", buffer)
-    streamed = StreamedLayers(directory)
-    (path,) = weight_files(directory)
-    names = streamed._names(2)
-    assert names[0].startswith("model.layers.2.")
+    monkeypatch.setattr(layerwise, "ANNOUNCED_BYTES", size)
+    streamed = StreamedLayers(tiny_checkpoint("llama"))
+    (path,) = weight_files(tiny_checkpoint("llama"))
+    announced: dict[int, bytes] = {}
+
+    def advise(descriptor: int, start: int, count: int, advice: int) -> None:
+        assert advice == os.POSIX_FADV_WILLNEED
+        assert 0 < count <= size
+        announced[start] = os.pread(descriptor, count, start)
+
+    monkeypatch.setattr(os, "posix_fadvise", advise)
+    streamed._announce(2)
     with safe_open(path, framework="pt") as file:
-        tensors = [file.get_tensor(name) for name in names]
-    read = streamed._read(names)
-    assert all(torch.equal(read[n], t) for n, t in zip(names, tensors, strict=True))
-    stored, part = streamed._stored[names[0]], bytearray(12)
-    assert stored.fill(memoryview(part), 8) == 12
-    assert part == tensors[0].numpy().tobytes()[8:20]
-    assert streamed._prefetch(2) == sum(tensor.nbytes for tensor in tensors) > 7
+        layer = [name for name in file.keys() if name.startswith("model.layers.2.")]  # noqa: SIM118
+        tensors = {name: file.get_tensor(name) for name in layer}
+    places = [streamed._stored[name].start for name in layer]
+    pairs = sorted(zip(places, layer, strict=True))
+    ordered = [tensors[name].numpy().tobytes() for _, name in pairs]
+    assert b"".join(announced[start] for start in sorted(announced)) == b"".join(ordered)
+    read = streamed._read(layer)
+    assert all(torch.equal(read[name], tensor) for name, tensor in tensors.items())
+    # Elsewhere there is no such call.
+    monkeypatch.delattr(os, "posix_fadvise")
+    streamed._announce(2)
 
 
 def test_a_file_that_ends_early_is_named(tiny_checkpoint: Callable[[str], Path]) -> None:
     streamed = StreamedLayers(tiny_checkpoint("llama"))
     stored = streamed._stored[streamed._names(3)[-1]]
     with pytest.raises(IntegrityError, match=r"model\.safetensors ends before its tensors do"):
-        replace(stored, start=stored.path.stat().st_size - 2).read()
+        replace(stored, start=stored.path.stat().st_size - 2).map()
+
+
+@pytest.mark.parametrize("header", [8, 9, 4095, 4096])
+def test_a_tensor_is_mapped_from_wherever_it_lies(header: int, tmp_path: Path) -> None:
+    path = tmp_path / "tensors"
+    values = np.arange(3000, dtype=np.float32)
+    path.write_bytes(b"." * header + values.tobytes() + b"after")
+    stored = _Stored(path, header, values.nbytes, (30, 100), torch.float32)
+    mapped = stored.map()
+    assert torch.equal(mapped, torch.from_numpy(values).view(30, 100))
+    mapped.zero_()
+    assert path.read_bytes()[header:-5] == values.tobytes()
+    assert replace(stored, size=0, shape=(0, 7)).map().shape == (0, 7)
 
 
 @pytest.mark.parametrize(

@@ -1,16 +1,18 @@
 """Forward passes layer by layer: all windows go through a layer before the next one is touched.
 
 So one layer's weights suffice at a time. ``Layers`` takes them from a model in memory,
-``StreamedLayers`` from the files of a checkpoint, bringing the next layer's part of them into the
-system's page cache while this one computes.
+``StreamedLayers`` from the files of a checkpoint, while the system brings the next layer's part of
+them into its page cache.
 Several streams of hidden states (other windows, or other weights) share one walk.
 """
 
 from __future__ import annotations
 
 import json
+import mmap
+import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
@@ -44,8 +46,8 @@ STORED_DTYPES = {
     "F16": torch.float16,
     "BF16": torch.bfloat16,
 }
-# Of a file read ahead at a time.
-PREFETCH_BYTES = 1 << 22
+# Of a file announced at a time: of more, Linux brings in no more than it reads ahead at once.
+ANNOUNCED_BYTES = 1 << 20
 
 
 @dataclass(eq=False)
@@ -196,30 +198,39 @@ class _Stored:
     shape: tuple[int, ...]
     dtype: torch.dtype
 
-    def fill(self, buffer: memoryview, offset: int = 0) -> int:
-        """Fill ``buffer`` with bytes of the tensor; returns their number."""
-        done = 0
-        with self.path.open("rb", buffering=0) as file:
-            file.seek(self.start + offset)
-            while done < len(buffer) and (count := file.readinto(buffer[done:])):
-                done += count
-        return done
+    def announce(self) -> None:
+        """Tell the system, where it can be told, that these bytes will be read soon."""
+        if hasattr(os, "posix_fadvise"):
+            with self.path.open("rb", buffering=0) as file:
+                for start in range(0, self.size, ANNOUNCED_BYTES):
+                    size = min(ANNOUNCED_BYTES, self.size - start)
+                    os.posix_fadvise(
+                        file.fileno(), self.start + start, size, os.POSIX_FADV_WILLNEED
+                    )
 
-    def read(self, room: torch.Tensor | None = None) -> torch.Tensor:
-        """Return the tensor in memory of its own.
-
-        Args:
-            room: memory to be read into, if any: contiguous, on the CPU, of the tensor's bytes.
+    def map(self) -> torch.Tensor:
+        """Return the tensor, mapped; the mapping goes with it, and no write reaches the file.
 
         Raises:
             IntegrityError: the file ends before the tensor.
         """
-        raw = torch.empty(self.size, dtype=torch.uint8)
-        if room is not None:
-            raw = room.view(-1).view(torch.uint8)
-        buffer: Any = raw.numpy()
-        if self.fill(memoryview(buffer)) != self.size:
-            raise IntegrityError(f"{self.path} ends before its tensors do")
+        if not self.size:
+            return torch.empty(self.shape, dtype=self.dtype)
+        into = self.start % mmap.ALLOCATIONGRANULARITY
+        with self.path.open("rb", buffering=0) as file:
+            try:
+                pages = mmap.mmap(
+                    file.fileno(),
+                    into + self.size,
+                    access=mmap.ACCESS_COPY,
+                    offset=self.start - into,
+                )
+            except ValueError as error:
+                raise IntegrityError(f"{self.path} ends before its tensors do") from error
+        raw = torch.frombuffer(pages, dtype=torch.uint8, offset=into)
+        if into % self.dtype.itemsize:
+            # Nothing makes a writer align its tensors.
+            raw = raw.clone()
         return raw.view(self.dtype).view(self.shape)
 
 
@@ -253,9 +264,9 @@ class StreamedLayers(Layers):
     """The decoder layers of a checkpoint whose weights are read when their turn comes.
 
     Of the layers, only the weights of the one at work are in memory; everything outside the layers
-    stays there. Tensors are read, not mapped: pages of a mapped file count as this process's. The
-    next layer's part of the files is in the page cache by then, which the system takes back when
-    it needs the memory.
+    stays there. Every tensor is a mapping of its own, which ends with its layer's turn: what is
+    mapped counts as this process's memory. The next layer's part of the files is in the page cache
+    by then, which the system takes back when it needs the memory.
     """
 
     def __init__(
@@ -314,27 +325,13 @@ class StreamedLayers(Layers):
             for name, buffer in module.named_buffers(recurse=False):
                 setattr(module, name, buffer.to(self._device))
 
-    def _read(
-        self, names: Iterable[str], rooms: Sequence[torch.Tensor] | None = None
-    ) -> dict[str, torch.Tensor]:
-        """Return tensors by full name, in memory of their own.
-
-        Args:
-            names: of the tensors.
-            rooms: what an earlier call returned for tensors like these, to be written over. Fresh
-                memory costs as much again as reading into it.
-        """
-        found: dict[str, torch.Tensor] = {}
+    def _read(self, names: Iterable[str]) -> dict[str, torch.Tensor]:
+        """Return tensors by full name, mapped, or copied to where and as what they compute."""
         # As load_model has it: rounded to bf16, computed with in fp32.
         kind = torch.float32 if self._device.type == "cpu" else self._dtype
-        for number, name in enumerate(names):
-            stored, room = self._stored[name], rooms[number] if rooms else None
-            if room is None or room.shape != stored.shape:
-                found[name] = stored.read().to(self._dtype).to(self._device, kind)
-            elif self._device.type == "cpu" and stored.dtype == self._dtype == kind:
-                found[name] = stored.read(room)
-            else:
-                found[name] = room.copy_(stored.read().to(self._dtype))
+        found = {
+            name: self._stored[name].map().to(self._dtype).to(self._device, kind) for name in names
+        }
         if self._plan is not None:
             return dict(zero_tensors(found.items(), self.family, self._config, self._plan))
         return found
@@ -344,18 +341,10 @@ class StreamedLayers(Layers):
         prefix = f"{self.family.layer_prefix}.{index}."
         return [prefix + name for name, _ in self.modules[index].named_parameters()]
 
-    def _prefetch(self, index: int) -> int:
-        """Read a layer's part of the files and keep nothing: it is in the page cache then.
-
-        Returns:
-            The number of bytes read. What cannot be read will say so when it is needed.
-        """
-        buffer, total = memoryview(bytearray(PREFETCH_BYTES)), 0
+    def _announce(self, index: int) -> None:
+        """Let the system begin to bring a layer's part of the files into its page cache."""
         for name in self._names(index):
-            stored = self._stored[name]
-            for start in range(0, stored.size, PREFETCH_BYTES):
-                total += stored.fill(buffer[: stored.size - start], start)
-        return total
+            self._stored[name].announce()
 
     def sweep(self, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, nn.Module]]:
         """Yield (index, layer) from ``start`` up to ``stop``, by default all that follow.
@@ -363,19 +352,14 @@ class StreamedLayers(Layers):
         A layer's weights are there until the next is asked for.
         """
         wanted = range(len(self.modules))[start:stop]
-        ahead: Future[int] | None = None
-        rooms: list[torch.Tensor] | None = None
+        # Announcements wait where the disk has enough to do.
         with ThreadPoolExecutor(1) as pool:
             for index in wanted:
-                if ahead is not None:
-                    # Two readers of the same bytes would take turns at the disk.
-                    wait([ahead])
                 layer, prefix = self.modules[index], f"{self.family.layer_prefix}.{index}."
-                read = self._read(self._names(index), rooms)
-                rooms = list(read.values())
+                read = self._read(self._names(index))
                 _fill(layer, {name.removeprefix(prefix): read.pop(name) for name in list(read)})
                 if index != wanted[-1]:
-                    ahead = pool.submit(self._prefetch, index + 1)
+                    pool.submit(self._announce, index + 1)
                 try:
                     yield index, layer
                 finally:
