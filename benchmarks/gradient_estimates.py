@@ -289,8 +289,10 @@ def plot(table: pd.DataFrame, layers: Mapping[str, Sequence[float]], path: Path)
     once = once[~once.estimator.isin(beyond)]
     axis = draw(grid[-2, :], once, "perplexity", title, "perplexity")
     axis.set_ylim(0.95 * once.perplexity_mean.min(), most)
-    handles, labels = axis.get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=3, fontsize=8)
+    drawn = [axis.get_legend_handles_labels() for axis in figure.axes]
+    labels = {label: handle for pair in drawn for handle, label in zip(*pair, strict=True)}
+    places = [labels[name] for name in names]
+    figure.legend(places, names, loc="outside lower center", ncols=3, fontsize=8)
     axis = figure.add_subplot(grid[-1, :])
     for name, values in layers.items():
         colour, marker = styles.get(name, (None, ""))

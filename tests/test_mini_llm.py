@@ -724,6 +724,7 @@ def test_a_tensor_is_mapped_from_wherever_it_lies(header: int, tmp_path: Path) -
     stored = _Stored(path, header, values.nbytes, (30, 100), torch.float32)
     mapped = stored.map()
     assert torch.equal(mapped, torch.from_numpy(values).view(30, 100))
+    assert mapped.data_ptr() % 4 == 0
     mapped.zero_()
     assert path.read_bytes()[header:-5] == values.tobytes()
     assert replace(stored, size=0, shape=(0, 7)).map().shape == (0, 7)
