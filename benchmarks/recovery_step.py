@@ -19,6 +19,7 @@ articles, of the same articles as a stream, and of their paragraphs as padded ex
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import statistics
 import sys
@@ -85,8 +86,8 @@ def models_and_windows(
     data, _ = load_data(text, load_tokenizer(model), options.length, validate=False)
     picked = torch.arange(options.windows)
     (batch,) = data.batches(picked, options.windows)
-    makers = {"": lambda: load_model(model), SHARED: lambda: shared_model(model, text)}
-    return makers, batch.ids
+    shared = shared_model(model, text)
+    return {"": lambda: load_model(model), SHARED: lambda: copy.deepcopy(shared)}, batch.ids
 
 
 def stepper(model: Any, windows: torch.Tensor, dropout: float) -> Callable[[], Any]:

@@ -342,7 +342,10 @@ class StreamedLayers(Layers):
         return [prefix + name for name, _ in self.modules[index].named_parameters()]
 
     def _announce(self, index: int) -> None:
-        """Let the system begin to bring a layer's part of the files into its page cache."""
+        """Let the system begin to bring a layer's part of the files into its page cache.
+
+        What cannot be read will say so when it is needed.
+        """
         for name in self._names(index):
             self._stored[name].announce()
 
